@@ -153,7 +153,6 @@ def _checked(criterion, given):
     return score
 
 # %% ../nbs/api/03_criteria.ipynb #cab11017
-@torch.no_grad()
 def scores(
     criterion:Criterion, # what a weight is worth
     units:Units, # which weights are cut as one
@@ -168,4 +167,4 @@ def scores(
             rows = {n: _rows(t) for n, t in given.items()}
             for i in range(len(rows['now'])): yield _checked(criterion, {n: r[i] for n, r in rows.items()}).reshape(-1)
         else: yield units.reduce(_checked(criterion, given))
-    return LazyScores(_parts, units.n_units, units.unit_size, inputs['now'].dtype)
+    return LazyScores(_parts, units.n_units, units.unit_size, inputs['now'].dtype, inputs['now'].device)

@@ -47,8 +47,11 @@ def _key(
     score:Tensor, # any floating scores
 )->Tensor: # integers of the same width that sort as the scores do
     "Read floats as integers in the same order; -0 and 0 are the same score."
-    bits = (score + 0.).view(torch.int64 if score.dtype == torch.float64 else torch.int32)
-    return bits ^ ((bits >> 63 if bits.dtype == torch.int64 else bits >> 31) & torch.iinfo(bits.dtype).max)
+    kind = torch.int64 if score.dtype == torch.float64 else torch.int32
+    bits = score.contiguous().view(kind)
+    if bits.numel() == 0 or bits.min() >= 0: return bits  # no sign anywhere: already in order
+    bits = (score + 0.).view(kind)
+    return bits ^ ((bits >> (63 if kind == torch.int64 else 31)) & torch.iinfo(kind).max)
 
 # %% ../nbs/api/02_mask.ipynb #a5840f6c
 @dataclass(frozen=True)
@@ -58,38 +61,44 @@ class LazyScores:
     n_units: int # how many units there are
     unit_size: int = 1 # how many weights a unit has
     dtype: torch.dtype = torch.float32 # of the scores
+    device: torch.device|None = None # of the scores
 
     @classmethod
     def of(cls, scores): # 1-D tensor, or already `LazyScores`
         "Take a tensor as scores of single weights."
-        return scores if isinstance(scores, cls) else cls(lambda: iter([scores.reshape(-1)]), scores.numel(), dtype=scores.dtype)
+        return scores if isinstance(scores, cls) else cls(lambda: iter([scores.reshape(-1)]), scores.numel(), 1, scores.dtype, scores.device)
 
 # %% ../nbs/api/02_mask.ipynb #17799f5d
-def _candidates(
+def _parts(
     scores:LazyScores, # of one tensor
-    among:Tensor|None, # bool for each unit: may it be cut now? None for all
+    kept:Tensor|None, # bool for each unit: what was kept until now; None for all
+    regrow:bool, # choose among what is cut, not among what is kept
     dtype:torch.dtype, # the common type all tensors are compared in
-):
-    "Yield the keys of the units that may be cut, part by part."
+): # (slice of the units, their keys, bool for each: may it be cut now? None for all)
+    "Go through the units of a tensor, part by part."
+    if kept is None and regrow: return  # nothing of it can come back
     start = 0
     for part in scores.parts():
-        keys, stop = _key(part.to(dtype)), start + len(part)
-        yield keys if among is None else keys[among[start:stop]]
-        start = stop
+        here = slice(start, start + len(part))
+        yield here, _key(part.to(dtype)), None if kept is None else kept[here] ^ regrow
+        start = here.stop
 
 # %% ../nbs/api/02_mask.ipynb #475e614c
 def _digit_counts(
     keys, # iterator over keys
     shift:int, # where the digit stands: 16 and 0 for 32-bit keys
     prefix:int|None, # digits already found, as the key shifted to the right
-)->Tensor|int: # (65536,) how many keys have each digit
+)->Tensor: # (65536,) how many keys have each digit; the first digit is counted from -32768
     "Count the 16-bit digits of keys."
-    counts = 0
+    counts = torch.zeros(65536, dtype=torch.long)
     for k in keys:
-        if prefix is None: digit = (k >> shift) + 32768
-        else: digit = (k[(k >> (shift + 16)) == prefix] >> shift) & 0xffff
-        counts = counts + torch.bincount(digit, minlength=65536)
-    return counts.cpu() if isinstance(counts, Tensor) else counts
+        if prefix is not None: k = k[(k >> (shift + 16)) == prefix]
+        if k.numel() == 0: continue
+        digit = k >> shift
+        if prefix is not None: counts += torch.bincount(digit & 0xffff, minlength=65536).cpu()
+        elif digit.min() >= 0: counts[32768:] += torch.bincount(digit, minlength=32768).cpu()
+        else: counts += torch.bincount(digit + 32768, minlength=65536).cpu()
+    return counts
 
 # %% ../nbs/api/02_mask.ipynb #3778d0d3
 def _refuse_nan(
@@ -106,13 +115,17 @@ def _refuse_nan(
 def _threshold(
     scores:dict, # name -> LazyScores
     budget:int, # how many weights to cut
-    among:dict, # name -> bool for each unit, or None
+    kept:dict, # name -> bool for each unit, or None
+    regrow:bool, # choose among what is cut
     dtype:torch.dtype, # the type the scores are compared in
 ):
     "Find the key below which everything is cut, and how much of the budget is left for units at it."
     prefix, width = None, 64 if dtype == torch.float64 else 32
     for shift in range(width - 16, -1, -16):
-        counts = sum(_digit_counts(_candidates(s, among.get(n), dtype), shift, prefix) * s.unit_size for n, s in scores.items())
+        counts = torch.zeros(65536, dtype=torch.long)
+        for n, s in scores.items():
+            keys = (key if may is None else key[may] for _, key, may in _parts(s, kept.get(n), regrow, dtype))
+            counts += _digit_counts(keys, shift, prefix) * s.unit_size
         if prefix is None: _refuse_nan(scores, counts)
         cumulative = counts.cumsum(0)
         digit = int((cumulative <= budget).sum())
@@ -122,29 +135,25 @@ def _threshold(
     return prefix, budget
 
 # %% ../nbs/api/02_mask.ipynb #c8621883
-def _cut_below(
+def _keep_rest(
     scores:LazyScores, # of one tensor
     threshold:int|None, # key from `_threshold`; None cuts every candidate
     budget:int, # weights that may still be cut at the threshold
-    among:Tensor|None, # bool for each unit: may it be cut now? None for all
+    kept:Tensor|None, # bool for each unit: what was kept until now; None for all
+    regrow:bool, # choose among what is cut
     dtype:torch.dtype, # the type the scores are compared in
-): # bool for each unit, True where it is cut; and the budget that is left
-    "Choose the units below the threshold, and those at it that come first."
-    cuts, start = [], 0
-    for part in scores.parts():
-        key, stop = _key(part.to(dtype)), start + len(part)
-        may = torch.ones_like(key, dtype=torch.bool) if among is None else among[start:stop]
-        if threshold is None: cut = may
-        else:
-            cut = may & (key < threshold)
-            if budget >= scores.unit_size:
-                ties = (may & (key == threshold)).nonzero().squeeze(1)
-                n = min(len(ties), budget // scores.unit_size)
-                cut[ties[:n]] = True
-                budget = budget - n*scores.unit_size if n == len(ties) else 0
-        cuts.append(cut)
-        start = stop
-    return torch.cat(cuts), budget
+): # bool for each unit, True where it stays; and the budget that is left
+    "Cut the candidates below the threshold, and those at it that come first."
+    stays = torch.ones(scores.n_units, dtype=torch.bool, device=scores.device) if kept is None or regrow else kept.clone()
+    for here, key, may in _parts(scores, kept, regrow, dtype):
+        stay = torch.zeros_like(key, dtype=torch.bool) if threshold is None else key >= threshold
+        if threshold is not None and budget >= scores.unit_size:
+            ties = ((key == threshold) if may is None else (key == threshold) & may).nonzero().squeeze(1)
+            n = min(len(ties), budget // scores.unit_size)
+            stay[ties[:n]] = False
+            budget = budget - n*scores.unit_size if n == len(ties) else 0
+        stays[here] &= stay if may is None else stay | ~may
+    return stays, budget
 
 # %% ../nbs/api/02_mask.ipynb #9191ba52
 def cut_lowest(
@@ -154,16 +163,13 @@ def cut_lowest(
 )->dict: # name -> bool for each unit, 1-D, True where it stays
     "Keep all but the lowest scores: exactly `n_cut` weights are cut, or as many whole units as fit in that order."
     scores = {n: LazyScores.of(s) for n, s in scores.items()}
-    gone = {n: ~k.reshape(-1) for n, k in (kept or {}).items()}
-    n_gone = sum(int(g.sum()) * scores[n].unit_size for n, g in gone.items())
+    kept = {n: None if k.all() else k.reshape(-1) for n, k in (kept or {}).items()}
+    n_gone = sum(int((~k).sum()) * scores[n].unit_size for n, k in kept.items() if k is not None)
     regrow = n_cut < n_gone
-    among = gone if regrow else {n: ~g if g.any() else None for n, g in gone.items()}
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores.values()) else torch.float32
-    threshold, left = _threshold(scores, n_cut if regrow else n_cut - n_gone, among, dtype)
+    threshold, left = _threshold(scores, n_cut if regrow else n_cut - n_gone, kept, regrow, dtype)
     result = {}
-    for n, s in scores.items():
-        cut, left = _cut_below(s, threshold, left, among.get(n), dtype)
-        result[n] = ~cut if regrow or n not in gone else ~(cut | gone[n])
+    for n, s in scores.items(): result[n], left = _keep_rest(s, threshold, left, kept.get(n), regrow, dtype)
     return result
 
 # %% ../nbs/api/02_mask.ipynb #7a89db36

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .criteria import get_criterion, large_final, scores
-from .granularity import check_granularity, followers, has_followers, layout, trace, units
+from .granularity import check_granularity, followers, has_followers, layout, traced_calls, units
 from .mask import Mask, check_sparsity, cut_lowest, n_to_cut
 from .rewind import Position, RandomState, RewindPoint, unwrap
 
@@ -151,7 +151,7 @@ def _find_followers(self:Sparsifier, batch):
     if not has_followers(self.granularity): return
     if batch is None: raise ValueError(f'granularity={self.granularity!r} cuts filters, and batch= is missing: give one input of the model, so that what follows each filter can be found')
     plain = unwrap(self.model)
-    calls = trace(plain, batch)
+    calls = traced_calls(plain, batch)
     for n, m in self.selection.modules.items():
         names, reason = followers(plain, m, calls)
         self.followers[n] = [f for f in names if f not in self.weights]

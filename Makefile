@@ -1,0 +1,41 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each first makes .venv and installs what it needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONWARNINGS := ignore::FutureWarning,ignore::DeprecationWarning
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+INSTALLED := .venv/installed
+
+.PHONY: demo test test-all lessons clean-checkout bench readme notebooks
+
+$(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED) ## the blog's comparison on digits, with controls
+	$(BIN)/python examples/demo.py
+
+test: clean-checkout lessons $(INSTALLED) ## lessons and tests, under 15 minutes on two cores
+	$(BIN)/pytest -q -n 2 -m 'not slow'
+
+test-all: $(INSTALLED) ## what takes longer
+	$(BIN)/pytest -q -m slow
+
+lessons: $(INSTALLED) ## run every notebook from top to bottom
+	$(BIN)/nbdev-test --n-workers 2
+
+clean-checkout: $(INSTALLED) ## export, clean and README change nothing
+	$(BIN)/python tests/clean_checkout.py
+
+bench: $(INSTALLED) ## side by side with fasterai and torch.nn.utils.prune, into benchmarks/results.md
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/run.py
+
+readme: $(INSTALLED) ## README.md from nbs/index.ipynb
+	cd nbs && ../$(BIN)/jupyter nbconvert --to markdown index.ipynb --output-dir .. --output README --log-level WARN \
+	  --RegexRemovePreprocessor.patterns='^#\| hide' && cd .. && $(BIN)/python -c "p='README.md'; s=open(p).read().strip() + '\n'; open(p, 'w').write(s)"
+
+notebooks: $(INSTALLED) ## run every notebook and store its outputs
+	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN $$(find . -name '*.ipynb' -not -path '*checkpoints*' | sort)
+	$(BIN)/nbdev-clean
