@@ -18,8 +18,8 @@ from torch import nn
 
 from lth_nb.all import MaskCallback, Seeded, SparsifyCallback, Sparsifier, digits_dls, geometric, set_generators
 
-SEEDS, ROUND_EPOCHS, REWIND_EPOCH = range(10), 4, 1
-SPARSITY, SCHEDULE = 96.875, geometric(n_steps=5)  # half of what is left in each round
+SEEDS, ROUND_EPOCHS, REWIND_EPOCH = range(10), 5, 1
+SPARSITY, SCHEDULE = 87.5, geometric(n_steps=3)  # half of what is left in each round
 OUT = Path('runs/demo')
 COMPARISONS = [('ticket, rewound to step 0', 'dense'), ('ticket, rewound to epoch 1', 'dense'),
                ('ticket, rewound to step 0', 'same mask, reinitialised'), ('ticket, rewound to epoch 1', 'same mask, shuffled')]
@@ -35,7 +35,7 @@ def learner(seed):
 def fit(learn, n_epoch, *cbs):
     "Train quietly; return the accuracy after the last epoch, in percent."
     with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, cbs=list(cbs))
-    return 100 * learn.validate()[1]
+    return 100 * learn.recorder.values[-1][2]
 
 
 def ticket(seed, rewind_epoch):
