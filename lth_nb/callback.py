@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.tracker import TrackerCallback
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
@@ -37,7 +37,7 @@ def is_training_fit(
 
 class MaskCallback(Callback):
     "Hold a sparsifier's mask through a fit, and show the sparsity in its table."
-    run_valid, _only_train_loop, _ending, active, sparsifier = False, True, False, False, None
+    run_valid, _only_train_loop, _ending, _active, sparsifier = False, True, False, False, None
 
     def __init__(self,
         sparsifier:Sparsifier, # of the learner's model
@@ -49,8 +49,8 @@ class MaskCallback(Callback):
         return 100 if self._ending else 55
 
     def __call__(self, event_name):
-        if event_name == 'before_fit': self.active, self._ending = is_training_fit(self.learn), False
-        if self.active: super().__call__(event_name)
+        if event_name == 'before_fit': self._active, self._ending = is_training_fit(self.learn), False
+        if self._active: super().__call__(event_name)
 
     @property
     def mask(self)->Mask: return self.sparsifier.mask
@@ -112,7 +112,7 @@ def after_cancel_fit(self:MaskCallback):
 def after_fit(self:MaskCallback):
     "Hold the mask whatever other callbacks have loaded."
     self.sparsifier.hold()
-    self.active = False
+    self._active = self._ending = False
 
 # %% ../nbs/api/07_callback.ipynb #bb7c587f
 def set_generators(
@@ -200,7 +200,7 @@ class FitPlan:
     "What a fit will prune and when."
     plan: Plan # (step, percent) for each pruning
     sparsities: tuple # what is asked of the sparsifier each time: a percentage, or name -> percentage
-    n_cut: tuple # weights cut from then on in all; for units larger than a weight, at most that many
+    n_cut: tuple # weights cut from then on in all; for units larger than a weight, at most that many; empty with `rates`
     rewind: int|None # batch to whose beginning training goes back, None for no rewinding
 
     def __len__(self): return len(self.plan)
@@ -208,13 +208,15 @@ class FitPlan:
 
     def _repr_markdown_(self):
         n = self.plan.steps_per_epoch
-        rows = [f'| {step/n:g} | {step:,} | {s:.2f} | {c:,} |' for (step, s), c in zip(self.plan, self.n_cut)]
+        counts = [f'{c:,}' for c in self.n_cut] or ['see the report']*len(self)
+        rows = [f'| {step/n:g} | {step:,} | {s:.2f} | {c} |' for (step, s), c in zip(self.plan, counts)]
         back = '' if self.rewind is None else f'\n\nAfter each, rewind to epoch {self.rewind/n:g} (step {self.rewind:,}).'
         return '\n'.join(['| before epoch | before step | sparsity (%) | weights cut |', '| ---: | ---: | ---: | ---: |', *rows]) + back
 
 # %% ../nbs/api/07_callback.ipynb #ee33a0f8
-def _n_cut(weights, sparsity):
+def _n_cut(weights, sparsity, context):
     "How many weights a sparsity cuts in all."
+    if context == 'local' and not isinstance(sparsity, Mapping): sparsity = dict.fromkeys(weights, sparsity)
     if isinstance(sparsity, Mapping): return sum(n_to_cut(weights[n].numel(), s) for n, s in sparsity.items())
     return n_to_cut(sum(w.numel() for w in weights.values()), sparsity)
 
@@ -231,7 +233,7 @@ def _rewind_batch(self:SparsifyCallback, steps_per_epoch, first_pruning):
 @patch
 def _levels(self:SparsifyCallback, selection, plan, highest):
     "What is asked of the sparsifier at each pruning: a percentage, or one for each layer."
-    if not isinstance(self.end_sparsity, Mapping): return self.schedule.levels(highest, len(plan))
+    if not isinstance(self.end_sparsity, Mapping): return tuple(s for _, s in plan)
     each = {n: self.schedule.levels(s, len(plan)) for n, s in per_name(self.end_sparsity, selection, 'end_sparsity').items()}
     return tuple({n: levels[i] for n, levels in each.items()} for i in range(len(plan)))
 
@@ -248,7 +250,7 @@ def plan(self:SparsifyCallback,
     highest = float(max(self.end_sparsity.values()) if isinstance(self.end_sparsity, Mapping) else self.end_sparsity)
     plan = self.schedule.plan(highest, math.floor(self.start_epoch*n + .5), n_epoch*n, n, whole_epochs=self.lth)
     levels = self._levels(selection, plan, highest)
-    n_cut = () if self.rates else tuple(_n_cut(selection.weights, s) for s in levels)
+    n_cut = () if self.rates else tuple(_n_cut(selection.weights, s, self.context) for s in levels)
     return FitPlan(plan, levels, n_cut, self._rewind_batch(n, plan[0][0]))
 
 # %% ../nbs/api/07_callback.ipynb #f4796070
@@ -298,14 +300,16 @@ def _one_batch(self:SparsifyCallback):
 def before_epoch(self:SparsifyCallback):
     "Take the rewind point or prune, if it is time."
     if not self._todo: return
-    self._epoch_start = RandomState.take([self.learn.dls.train])
+    self._epoch_start, self._before_loading = RandomState.take([self.learn.dls.train]), None
     self._take_if_reached()
     self._prune_if_due(self.learn.epoch*self._n_batches)
 
 @patch
 def before_batch(self:SparsifyCallback):
     "Prune inside an epoch, where the plan says so."
-    if self._todo: self._prune_if_due(self.learn.epoch*self._n_batches + self.learn.iter)
+    if not self._todo: return
+    if self._position.batch: self._take_if_reached()
+    self._prune_if_due(self.learn.epoch*self._n_batches + self.learn.iter)
 
 @patch
 def _prune_if_due(self:SparsifyCallback, batch):
@@ -315,16 +319,23 @@ def _prune_if_due(self:SparsifyCallback, batch):
     if sparsity is None: return
     if self.lth and self.rewind_point is None:
         raise ValueError(f'rewind_step={self.rewind_step} was not reached before pruning started: gradients were accumulated, or steps skipped')
-    self.sparsifier.prune(sparsity)
+    self.sparsifier._cut_to(sparsity)
     if self.lth: self._rewind()
 
 @patch
 def _take_if_reached(self:SparsifyCallback):
-    "Take the rewind point when training is at its position."
-    if self.rewind_point is not None or self._fit_plan.rewind is None: return
+    "Take the rewind point when training is at its position; inside an epoch, with the generators as they were before this batch was loaded."
+    if not self._reached(): return
+    inside = self._position.batch > 0
+    point = self.sparsifier.take(self._position, self._epoch_start if inside else None)
+    self.rewind_point = replace(point, random=self._before_loading) if inside else point
+
+@patch
+def _reached(self:SparsifyCallback):
+    "Is training at the position to go back to, and is it not yet taken?"
+    if self.rewind_point is not None or self._fit_plan.rewind is None: return False
     at = self._position
-    reached = at.epoch*self._n_batches + at.batch == self._fit_plan.rewind if self.rewind_step is None else at.steps == self.rewind_step
-    if reached: self.rewind_point = self.sparsifier.take(at, self._epoch_start if at.batch else None)
+    return at.epoch*self._n_batches + at.batch == self._fit_plan.rewind if self.rewind_step is None else at.steps == self.rewind_step
 
 # %% ../nbs/api/07_callback.ipynb #599fdace
 @patch
@@ -338,6 +349,7 @@ def _rewind(self:SparsifyCallback):
         if isinstance(cb, TrackerCallback):
             cb.best = None
             cb.before_fit()
+        if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end): cb._save(cb.fname)  # its file is of this round from the start
 
 # %% ../nbs/api/07_callback.ipynb #df3bf965
 @patch(as_prop=True)
@@ -377,7 +389,7 @@ def before_train(self:SparsifyCallback):
 def after_batch(self:SparsifyCallback):
     "Count the batch, and advance the round's part of the schedule."
     self._position = replace(self._position, batch=self._position.batch + 1)
-    if self._todo and self._position.batch < self._n_batches: self._take_if_reached()
+    if self._todo and self._reached(): self._before_loading = RandomState.take([self.learn.dls.train])
     if n_epochs := self._round_epochs():
         self._pct += 1./(self._n_batches*n_epochs)
         self.learn.pct_train = self._pct

@@ -60,6 +60,7 @@ def _(module, weight):
 @layout.register(nn.Linear)
 @layout.register(nn.MultiheadAttention)
 @layout.register(nn.RNNBase)
+@layout.register(nn.RNNCellBase)
 def _(module, weight): return Layout(('out', 'in'), tuple(weight.shape))
 
 # %% ../nbs/api/00_granularity.ipynb #39ec08f6
@@ -252,10 +253,12 @@ def followers(
     calls:list, # from `traced_calls`
 ): # names of the parameters that are cut with a filter, and why no normalisation is among them ('' if one is)
     "Find what must be cut with a filter of `module` for its output to be exactly zero."
-    names = {id(p): n for n, p in model.named_parameters()}
-    if not isinstance(getattr(module, 'weight', None), Tensor): return [], 'its outputs are not filters'
-    n_space = module.weight.ndim - 2
-    n_out = math.prod(s for a, s in zip(layout(module, module.weight).axes, layout(module, module.weight).sizes) if a in ('group', 'out'))
-    found, reason = _reading_norm(calls, module.weight, -1 - n_space)
+    names = {id(p): n.replace('_orig_mod.', '') for n, p in model.named_parameters()}
+    weight = getattr(module, 'weight', None)
+    seen_as = layout(module, weight) if isinstance(weight, Tensor) else None
+    if seen_as is None: return [], 'its outputs are not filters'
+    n_out = math.prod(seen_as.sizes[i] for i in seen_as.axis_numbers('group', 'out'))
+    norm, reason = _reading_norm(calls, weight, 1 - weight.ndim)
+    if any(p.shape != (n_out,) for p in norm): norm, reason = [], 'its normalisation is over more than the filters'
     bias = [module.bias] if isinstance(getattr(module, 'bias', None), nn.Parameter) else []
-    return [names[id(p)] for p in bias + found if p.shape == (n_out,)], reason
+    return [names[id(p)] for p in bias + norm], reason

@@ -97,8 +97,8 @@ def n_prunings(self:Geometric,
 def level(self:Geometric, i, n, sparsity):
     "Percent of the weights that are cut after pruning `i` of `n`, on the way to `sparsity` percent."
     if i == n: return float(sparsity)
-    left = (1 - sparsity/100)**(i/n) if self.n_steps else (1 - self.rate/100)**i
-    return min(100*(1 - left), float(sparsity))
+    if self.n_steps: return 100*(1 - (1 - sparsity/100)**(i/n))
+    return min(float(100*(1 - (1 - Fraction(str(self.rate))/100)**i)), float(sparsity))
 
 geometric = Geometric()
 
@@ -154,8 +154,9 @@ def _n_events(schedule, sparsity, n_steps):
 
 def _check_whole_epochs(n, start, end, steps_per_epoch):
     "Raise `ValueError` unless `n` equal rounds from start to end are whole epochs."
-    if (end - start) % (n*steps_per_epoch) == 0 and start % steps_per_epoch == 0: return
     first, n_epochs = start/steps_per_epoch, (end - start)/steps_per_epoch
+    if start % steps_per_epoch: raise ValueError(f'start_epoch={first:g} lies inside an epoch: rounds that rewind begin between two')
+    if (end - start) % (n*steps_per_epoch) == 0: return
     fit = [f'{first + n*k:g}' for k in (math.floor(n_epochs/n), math.ceil(n_epochs/n)) if k > 0]
     raise ValueError(f'{n} rounds do not divide the {n_epochs:g} epochs from start_epoch={first:g} to {first + n_epochs:g}: '
                      f'a fit of {" or ".join(fit)} epochs would do')

@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .criteria import get_criterion, large_final, scores
 from .granularity import check_granularity, followers, has_followers, layout, traced_calls, units
-from .mask import Mask, check_sparsity, cut_lowest, n_to_cut
+from .mask import Mask, check_sparsity, cut_lowest, hold_bits, keep_bits, n_to_cut
 from .rewind import Position, RandomState, RewindPoint, unwrap
 
 # %% ../nbs/api/05_sparsifier.ipynb #510917e8
@@ -175,7 +175,7 @@ def set_mask(self:Sparsifier,
     for n, t in mask.items():
         if n not in self.tensors: raise ValueError(f'the mask has {n}, which is not among the weights of this sparsifier')
         if t.shape != self.tensors[n].shape: raise ValueError(f'the mask of {n} has shape {tuple(t.shape)}, the weight {tuple(self.tensors[n].shape)}')
-    self.mask, self._factors = mask, {}
+    self.mask, self._bits = mask, {}
     for tensors in (self.tensors, *map(_all_names, self.copies)): mask.hold(tensors)
 
 # %% ../nbs/api/05_sparsifier.ipynb #afb6f1e4
@@ -200,7 +200,7 @@ def _groups(self:Sparsifier, sparsity):
     "Lists of layers that compete, each with the number of weights to cut."
     if isinstance(sparsity, Mapping):
         asked = per_name(sparsity, self.selection, 'sparsity')
-        return [self._group([n], check_sparsity(s, f'sparsity[{n!r}]')) for n, s in asked.items()]
+        return [self._group([n], check_sparsity(s, f'sparsity[{n!r}]', warn=False)) for n, s in asked.items()]
     others = [n for n in self.weights if n not in self.rates]
     groups = [self._group(others, sparsity)] if self.context == 'global' else [self._group([n], sparsity) for n in others]
     before = sum(int(self.mask[n].sum()) for n in others)
@@ -232,7 +232,7 @@ def next_mask(self:Sparsifier,
     sparsity, # percent of the weights to cut in all, 0 to 100; or a mapping of names or patterns to percents
 )->Mask: # the mask with that sparsity
     "Choose what to cut, and touch nothing."
-    if not isinstance(sparsity, Mapping): sparsity = check_sparsity(sparsity)
+    if not isinstance(sparsity, Mapping): sparsity = check_sparsity(sparsity, warn=False)
     chosen = {n: self.mask[n] for n in self.weights}
     for names, n_cut in self._groups(sparsity): chosen.update(self._cut_group(names, n_cut))
     empty = [n for n, t in chosen.items() if not t.any()]
@@ -256,20 +256,26 @@ def _agreed(mask):
 
 # %% ../nbs/api/05_sparsifier.ipynb #1b4f7e5d
 @patch
-@torch.no_grad()
 def prune(self:Sparsifier,
     sparsity, # percent of the weights to cut in all, 0 to 100; or a mapping of names or patterns to percents
     rewind_to:RewindPoint|None=None, # put the rest of the training state back to this point
     optimizer:str='fresh', # with `rewind_to`: what becomes of the optimizer's state
 )->Sparsifier: # itself
     "Cut the lowest weights, down to `sparsity` percent."
+    if not isinstance(sparsity, Mapping): check_sparsity(sparsity)
+    self._cut_to(sparsity)
+    if rewind_to is not None: self.rewind(rewind_to, optimizer)
+    return self
+
+@patch
+@torch.no_grad()
+def _cut_to(self:Sparsifier, sparsity):
+    "Choose, remember the values of what is alive, cut."
     mask = self.next_mask(sparsity)
     last = {n: w.detach().clone() for n, w in self.weights.items()}
     if self.previous is not None: last = {n: torch.where(self.mask[n], t, self.previous[n]) for n, t in last.items()}
     self.previous = last
     self.set_mask(mask)
-    if rewind_to is not None: self.rewind(rewind_to, optimizer)
-    return self
 
 # %% ../nbs/api/05_sparsifier.ipynb #b68944ac
 @dataclass(frozen=True)
@@ -303,30 +309,28 @@ def report(self:Sparsifier)->Report:
 
 # %% ../nbs/api/05_sparsifier.ipynb #d86d8b70
 @patch
-def _factor(self:Sparsifier, name):
-    "Ones and zeros to multiply a parameter by; None while nothing of it is cut."
-    t, factor = self.tensors[name], self._factors.get(name)
-    if name not in self._factors or (factor is not None and (factor.device, factor.dtype) != (t.device, t.dtype)):
-        factor = None if self.mask[name].all() else torch.empty_like(t, requires_grad=False).copy_(self.mask[name])
-        self._factors[name] = factor
-    return factor
+def _bits_of(self:Sparsifier, name):
+    "The mask of a parameter as bits; None while nothing of it is cut."
+    t, bits = self.tensors[name], self._bits.get(name)
+    if name not in self._bits or (bits is not None and (bits.device, bits.element_size()) != (t.device, t.element_size())):
+        bits = self._bits[name] = None if self.mask[name].all() else keep_bits(self.mask[name], t)
+    return bits
 
 @patch
-@torch.no_grad()
 def hold(self:Sparsifier):
-    "Set what is cut to zero."
+    "Set what is cut to zero, in the model and its copies."
     for n, t in self.tensors.items():
-        if (factor := self._factor(n)) is not None: t.mul_(factor)
+        if (bits := self._bits_of(n)) is not None: hold_bits(t, bits)
+    for copy in self.copies: self.mask.hold(_all_names(copy))
 
 @patch
-@torch.no_grad()
 def hold_gradients(self:Sparsifier,
     names:Sequence|None=None, # of the parameters; default all
 ):
     "Set the gradients of what is cut to zero."
     for n in names or self.tensors:
-        factor, grad = self._factor(n), self.tensors[n].grad
-        if factor is not None and grad is not None: grad.mul_(factor)
+        bits, grad = self._bits_of(n), self.tensors[n].grad
+        if bits is not None and grad is not None: hold_bits(grad, bits)
 
 # %% ../nbs/api/05_sparsifier.ipynb #656254a1
 @patch
@@ -352,7 +356,7 @@ def attach(self:Sparsifier,
     if not hasattr(optimizer, 'register_step_post_hook'):
         raise ValueError(f'optimizer={type(optimizer).__name__} is not a torch optimizer: in fastai, give SparsifyCallback or MaskCallback to fit')
     self.detach()
-    self._handles = [t.register_post_accumulate_grad_hook(lambda _, n=n: self.hold_gradients([n])) for n, t in self.tensors.items()]
+    self._handles = [t.register_post_accumulate_grad_hook(lambda _, n=n: self.hold_gradients([n])) for n, t in self.tensors.items() if t.requires_grad]
     self._handles.append(optimizer.register_step_post_hook(lambda *_: self.hold()))
     return self.connect(optimizer, copies, others, loaders)
 
@@ -384,4 +388,4 @@ def rewind(self:Sparsifier,
 @patch
 def __getstate__(self:Sparsifier):
     "Copies and pickles leave hooks and what they were attached to behind."
-    return {**self.__dict__, 'optimizer': None, 'copies': (), 'others': (), 'loaders': (), '_handles': [], '_factors': {}}
+    return {**self.__dict__, 'optimizer': None, 'copies': (), 'others': (), 'loaders': (), '_handles': [], '_bits': {}}
