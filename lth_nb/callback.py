@@ -383,7 +383,9 @@ def before_train(self:SparsifyCallback):
     "Pass over the batches already seen, and start the round's part of the schedule."
     if self._position.batch: self.learn.dl = Resume(self.learn.dl, self.rewind_point)
     if n_epochs := self._round_epochs():
-        self.learn.pct_train = self._pct = (self._position.epoch + self._position.batch/self._n_batches)/n_epochs
+        self._pct = self._position.epoch/n_epochs
+        for _ in range(self._position.batch): self._pct += 1./(self._n_batches*n_epochs)  # as the first pass added it up
+        self.learn.pct_train = self._pct
 
 @patch
 def after_batch(self:SparsifyCallback):

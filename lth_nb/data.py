@@ -350,17 +350,21 @@ def native_bf16()->bool:
     return torch.backends.mkldnn.is_available() and (known or getattr(torch.cpu, '_is_avx512_bf16_supported', bool)())
 
 # %% ../nbs/api/08_data.ipynb #4156c19e
+def _reorder(weights, memory_format):
+    for p in weights:
+        p.data = p.data.contiguous(memory_format=memory_format)
+        if p.grad is not None: p.grad = p.grad.contiguous(memory_format=memory_format)
+
 @contextmanager
 def channels_last_weights(
     model:nn.Module, # its parameters stay the same objects
 ):
-    "Keep the weights of 2d convolutions in channels-last order inside a `with`."
+    "Keep the weights of 2d convolutions, and their gradients, in channels-last order inside a `with`."
     weights = [p for p in model.parameters() if p.dim() == 4 and p.is_contiguous() and not p.is_contiguous(memory_format=torch.channels_last)]
     try:
-        for p in weights: p.data = p.data.contiguous(memory_format=torch.channels_last)
+        _reorder(weights, torch.channels_last)
         yield
-    finally:
-        for p in weights: p.data = p.data.contiguous()
+    finally: _reorder(weights, torch.contiguous_format)
 
 # %% ../nbs/api/08_data.ipynb #913eb0dd
 class FastCPU(Callback):

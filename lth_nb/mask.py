@@ -167,7 +167,7 @@ def cut_lowest(
     "Keep all but the lowest scores: exactly `n_cut` weights are cut, or as many whole units as fit in that order."
     scores = {n: LazyScores.of(s) for n, s in scores.items()}
     kept = {n: None if k.all() else k.reshape(-1) for n, k in (kept or {}).items()}
-    n_gone = sum(int((~k).sum()) * scores[n].unit_size for n, k in kept.items() if k is not None)
+    n_gone = sum((k.numel() - int(k.count_nonzero())) * scores[n].unit_size for n, k in kept.items() if k is not None)
     regrow = n_cut < n_gone
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores.values()) else torch.float32
     threshold, left = _threshold(scores, n_cut if regrow else n_cut - n_gone, kept, regrow, dtype)
@@ -209,7 +209,7 @@ def n_total(self:Mask)->int:
 @patch(as_prop=True)
 def n_kept(self:Mask)->int:
     "How many of the prunable weights stay."
-    return sum(int(t.sum()) for t in self.weights.values())
+    return sum(int(t.count_nonzero()) for t in self.weights.values())
 
 @patch(as_prop=True)
 def sparsity(self:Mask)->float:

@@ -78,7 +78,7 @@ class Geometric(Schedule):
         "The same schedule with another rate, or with a number of prunings instead."
         if (rate is None) == (n_steps is None): raise ValueError('geometric takes either rate or n_steps')
         if n_steps is not None: return replace(self, n_steps=check_n_steps(n_steps))
-        if not 0 < rate < 100: raise ValueError(f'rate={rate!r} is not a percentage to cut each time: give a number between 0 and 100')
+        if not isinstance(rate, (int, float)) or not 0 < rate < 100: raise ValueError(f'rate={rate!r} is not a percentage to cut each time: give a number between 0 and 100')
         return replace(self, rate=rate, n_steps=None)
 
 # %% ../nbs/api/01_schedule.ipynb #92d20129

@@ -87,8 +87,8 @@ def test_masks_change_between_the_epochs_and_nowhere_else():
 
 
 def test_no_step_between_pruning_and_rewind(monkeypatch):
-    log, prune, restore = [], Sparsifier.prune, RewindPoint.restore
-    monkeypatch.setattr(Sparsifier, 'prune', lambda self, *a, **k: (log.append('prune'), prune(self, *a, **k))[1])
+    log, prune, restore = [], Sparsifier._cut_to, RewindPoint.restore
+    monkeypatch.setattr(Sparsifier, '_cut_to', lambda self, *a, **k: (log.append('prune'), prune(self, *a, **k))[1])
     monkeypatch.setattr(RewindPoint, 'restore', lambda self, *a, **k: (log.append('rewind'), restore(self, *a, **k))[1])
     class Note(Callback):
         order, run_valid = -5, False
