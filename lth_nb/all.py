@@ -16,3 +16,6 @@ from .rewind import *
 from .sparsifier import *
 from .callback import *
 from .data import *
+
+# %% ../nbs/api/12_all.ipynb #1bd0ab33
+__all__ = [name for name in dir() if not name.startswith('_')]

@@ -6,7 +6,7 @@ Docs: https://lth-nb.github.io/lth_nb/api/data.html.md"""
 
 # %% auto #0
 __all__ = ['IMAGENETTE', 'ImageArray', 'PlainTensor', 'ArrayDL', 'mirrored', 'array_dls', 'digits_dls', 'imagenette_path',
-           'imagenette_names', 'load_image', 'cache_folder', 'Decoded', 'decode_once', 'balanced', 'imagenette_dls',
+           'imagenette_names', 'square_image', 'cache_folder', 'Decoded', 'decode_once', 'balanced', 'imagenette_dls',
            'native_bf16', 'channels_last_weights', 'FastCPU']
 
 # %% ../nbs/api/08_data.ipynb #58f1a68c
@@ -217,7 +217,7 @@ def imagenette_names(
                      f'but no images are in {len(missing)} of 20 folders, among them {missing[0]}')
 
 # %% ../nbs/api/08_data.ipynb #1edb59fc
-def load_image(
+def square_image(
     path:str|Path|Image.Image, # image file, or an opened image
     size:int, # side of the square, in pixels
 )->np.ndarray: # 3 × size × size, uint8
@@ -268,7 +268,7 @@ def _build(file, meta, paths):
     crc = 0
     with _written(file) as f, ThreadPoolExecutor() as pool: # Pillow decodes outside Python's lock, so threads do
         for part in chunked(paths, 512):
-            for img in pool.map(partial(load_image, size=meta['size']), part):
+            for img in pool.map(partial(square_image, size=meta['size']), part):
                 f.write(img.tobytes())
                 crc = zlib.crc32(img, crc)
     with _written(file.with_suffix('.json')) as f: f.write(json.dumps({**meta, 'crc32': crc}).encode())
@@ -339,7 +339,7 @@ def imagenette_dls(
             balanced(labels[n_first:], names[n_first:], n_valid, 'n_valid') + n_first)
     _check_count('bs', bs, len(rows[0]))
     images, vocab = decode_once(path, names, size, cache), CategoryMap(list(IMAGENETTE.values()), sort=False)
-    train, valid = (ImageArray(images, labels, vocab, r, i, flip and i == 0, load=partial(load_image, size=size)) for i, r in enumerate(rows))
+    train, valid = (ImageArray(images, labels, vocab, r, i, flip and i == 0, load=partial(square_image, size=size)) for i, r in enumerate(rows))
     return array_dls(train, valid, *imagenet_stats, bs=bs, num_workers=num_workers, device=device)
 
 # %% ../nbs/api/08_data.ipynb #055f62f7

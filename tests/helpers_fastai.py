@@ -77,7 +77,7 @@ def small_learner(model=None, seed=1, dls=None, dropout=.2, metrics=accuracy, **
     "The same learner each time, without progress bar and printing."
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     dls = dls or small_dls()
-    learn = Learner(dls, small_model(dropout) if model is None else model() if isinstance(model, type) else model,
+    learn = Learner(dls, small_model(dropout) if model is None else model if isinstance(model, nn.Module) else model(),
                     loss_func=CrossEntropyLossFlat(), metrics=metrics, **kwargs)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None

@@ -460,7 +460,7 @@ def _two(schedule, start_b=2):
     "Two learners of different sizes and lengths, with callbacks that share the schedule."
     models = [lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)),
               lambda: nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))]
-    learns = [small_learner(m(), seed=i, dls=small_dls(4 + i, shuffle=False)) for i, m in enumerate(models)]
+    learns = [small_learner(m, seed=i, dls=small_dls(4 + i, shuffle=False)) for i, m in enumerate(models)]
     return list(zip(learns, [SparsifyCallback(50, schedule=schedule, start_epoch=2, lth=True, rewind_epoch=1), SparsifyCallback(80, schedule=schedule, start_epoch=1, lth=True)], [8, 7]))
 
 def _outcome(learn, sp_cb): return tensors_of(learn.model), dict(sp_cb.mask), sp_cb.position, [v[-1] for v in learn.recorder.values]

@@ -103,19 +103,19 @@ class Training:
 
     def run(self, position, take_at=None, after_the_loop=True, resume=None):
         "Train from a position to the end; the batches seen, and the point taken on the way."
-        steps, epoch, batches, point = position.steps, position.epoch, [], None
+        steps, epoch, skipped, batches, point = position.steps, position.epoch, position.batch, [], None
         if take_at == steps: point = self.take(position)
         while steps < END:
-            skipped = position.batch if steps == position.steps else 0
             epoch_start = resume.epoch_start if skipped else RandomState.take([self.loader])
             for i, batch in enumerate(Resume(self.loader, resume) if skipped else self.loader, skipped + 1):
                 self.step(*batch)
                 batches.append(batch)
                 steps += 1
                 if steps == take_at and not (after_the_loop and i == PER_EPOCH): point = self.take(Position(steps, epoch, i), epoch_start)
-                if steps == END: return batches, point
-            epoch += 1
+                if steps == END: break
+            epoch, skipped = epoch + 1, 0
             if steps == take_at and after_the_loop: point = self.take(Position(steps, epoch))
+        return batches, point
 
     def state(self):
         "Everything that training leaves behind, the generators too."
