@@ -33,8 +33,7 @@ bench: $(INSTALLED) ## side by side with fasterai and torch.nn.utils.prune, into
 	$(BIN)/python benchmarks/run.py
 
 readme: $(INSTALLED) ## README.md from nbs/index.ipynb
-	cd nbs && ../$(BIN)/jupyter nbconvert --to markdown index.ipynb --output-dir .. --output README --log-level WARN \
-	  --RegexRemovePreprocessor.patterns='^#\| hide' && cd .. && $(BIN)/python -c "p='README.md'; s=open(p).read().strip() + '\n'; open(p, 'w').write(s)"
+	$(BIN)/python docs/readme.py
 
 notebooks: $(INSTALLED) ## run every notebook and store its outputs
 	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN $$(find . -name '*.ipynb' -not -path '*checkpoints*' | sort)
