@@ -1,0 +1,73 @@
+"The project itself: who imports whom, what the package says of itself."
+import ast
+import configparser
+import subprocess
+import sys
+from email.parser import Parser
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+ORDER = [p.stem.split('_', 1)[1] for p in sorted((ROOT/'nbs/api').glob('[0-9]*.ipynb'))]
+CORE = ['granularity', 'schedule', 'mask', 'criteria', 'rewind', 'sparsifier']
+
+
+def imported(module):
+    "Top-level packages and our modules that a module imports at its top."
+    names = set()
+    for node in ast.parse((ROOT/f'lth_nb/{module}.py').read_text()).body:
+        if isinstance(node, ast.ImportFrom): names.add(('.'*node.level) + (node.module or ''))
+        if isinstance(node, ast.Import): names |= {a.name for a in node.names}
+    return {n.lstrip('.').removeprefix('lth_nb.') if n.startswith(('.', 'lth_nb.')) else n.split('.')[0] for n in names}
+
+
+def test_every_notebook_has_its_module(): assert all((ROOT/f'lth_nb/{m}.py').exists() for m in ORDER) and len(ORDER) >= 9
+
+
+def test_imports_run_downward():
+    for i, module in enumerate(ORDER):
+        upward = imported(module) & set(ORDER[i:])
+        assert not upward, f'{module} imports {upward}, which stands below it'
+    assert all(not imported(m) & set(ORDER) for m in ('granularity', 'schedule', 'mask'))
+
+
+@pytest.mark.parametrize('module', CORE)
+def test_the_core_needs_no_fastai(module):
+    allowed = {'torch', 'numpy', 'fastcore', 'safetensors', 'lth_nb', *ORDER} | set(sys.stdlib_module_names)
+    assert imported(module) <= allowed, f'{module} imports {imported(module) - allowed}'
+
+
+def test_the_core_runs_without_fastai():
+    code = f'''import sys
+for name in ('fastai', 'fasttransform', 'matplotlib', 'scipy', 'pandas', 'sklearn', 'torchvision', 'IPython'): sys.modules[name] = None
+import {', '.join('lth_nb.' + m for m in CORE)}
+from torch import nn
+print(lth_nb.sparsifier.Sparsifier(nn.Linear(10, 10)).prune(37).mask.n_kept)'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == '63', done.stderr
+
+
+def test_the_wheel_says_what_settings_say(tmp_path):
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path, ROOT], check=True, capture_output=True)
+    parser = configparser.ConfigParser(delimiters="=")
+    parser.read(ROOT/'settings.ini')
+    settings = parser['DEFAULT']
+    wheel = ZipFile(next(tmp_path.glob('*.whl')))
+    read = lambda end: wheel.read(next(n for n in wheel.namelist() if n.endswith(end))).decode()
+    metadata = Parser().parsestr(read('METADATA'))
+    needs = metadata.get_all('Requires-Dist')
+    parsed = lambda texts: {(r.name.replace('-', '_'), str(r.specifier)) for r in map(Requirement, texts)}
+    assert parsed(n for n in needs if 'extra' not in n) == parsed(settings['requirements'].split())
+    for extra in ('dev', 'bench'):
+        assert parsed(n for n in needs if f'"{extra}"' in n) == parsed(settings[f'{extra}_requirements'].split())
+    assert (metadata['Version'], metadata['Summary'], metadata['Name']) == (settings['version'], settings['description'], settings['lib_name'])
+    assert metadata['Requires-Python'] == f">={settings['min_python']}" and 'lth_nb._modidx:d' in read('entry_points.txt')
+    assert {f'lth_nb/{m}.py' for m in ORDER} <= set(wheel.namelist()) and 'Description-Content-Type: text/markdown' in read('METADATA')
+
+
+def test_the_version_stands_in_both_places():
+    import lth_nb
+    assert f'version = {lth_nb.__version__}\n' in (ROOT/'settings.ini').read_text()
