@@ -134,7 +134,7 @@ def random_score(uniform):
     return uniform
 
 # %% ../nbs/api/03_criteria.ipynb #6614c62c
-_part_size = 2**18
+_part_size = 2**19
 
 def _rows(tensor):
     "Cut a tensor along its first dimension into parts of about `_part_size` numbers."

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -86,6 +87,15 @@ def _parts(
         yield here, _key(part.to(dtype)), None if kept is None else kept[here] ^ regrow
         start = here.stop
 
+# %% ../nbs/api/02_mask.ipynb #7d5b5aca
+def _places(flags):
+    "Where the flags are True, in order."
+    return flags.nonzero().squeeze(1) if flags.is_cuda else torch.from_numpy(np.flatnonzero(flags.numpy()))
+
+def _pick(values, flags):
+    "The values whose flag is True, in order."
+    return values[flags] if flags.is_cuda else torch.from_numpy(values.numpy()[np.flatnonzero(flags.numpy())])
+
 # %% ../nbs/api/02_mask.ipynb #475e614c
 def _digit_counts(
     keys, # iterator over keys
@@ -95,7 +105,7 @@ def _digit_counts(
     "Count the 16-bit digits of keys."
     counts = torch.zeros(65536, dtype=torch.long)
     for k in keys:
-        if prefix is not None: k = k[(k >> (shift + 16)) == prefix]
+        if prefix is not None: k = _pick(k, (k >> (shift + 16)) == prefix)
         if k.numel() == 0: continue
         digit = k >> shift
         if prefix is not None: counts += torch.bincount(digit & 0xffff, minlength=65536).cpu()
@@ -127,7 +137,7 @@ def _threshold(
     for shift in range(width - 16, -1, -16):
         counts = torch.zeros(65536, dtype=torch.long)
         for n, s in scores.items():
-            keys = (key if may is None else key[may] for _, key, may in _parts(s, kept.get(n), regrow, dtype))
+            keys = (key if may is None else _pick(key, may) for _, key, may in _parts(s, kept.get(n), regrow, dtype))
             counts += _digit_counts(keys, shift, prefix) * s.unit_size
         if prefix is None: _refuse_nan(scores, counts)
         cumulative = counts.cumsum(0)
@@ -151,7 +161,7 @@ def _keep_rest(
     for here, key, may in _parts(scores, kept, regrow, dtype):
         stay = torch.zeros_like(key, dtype=torch.bool) if threshold is None else key >= threshold
         if threshold is not None and budget:
-            ties = ((key == threshold) if may is None else (key == threshold) & may).nonzero().squeeze(1)
+            ties = _places((key == threshold) if may is None else (key == threshold) & may)
             n = min(len(ties), budget // scores.unit_size)
             stay[ties[:n]] = False
             budget = budget - n*scores.unit_size if n == len(ties) else 0  # the next in order does not fit
@@ -182,7 +192,7 @@ class Mask(Mapping):
         tensors:Mapping, # name -> bool tensor of the weight's shape
         followers=(), # names among them that are cut along with a filter and not counted
     ):
-        self.tensors, self.followers = dict(tensors), frozenset(followers)
+        self.tensors, self.followers, self._kept = dict(tensors), frozenset(followers), {}
         wrong = [n for n, t in self.tensors.items() if t.dtype != torch.bool]
         if wrong: raise ValueError(f'a mask is made of bool tensors, and {wrong[0]} is {self.tensors[wrong[0]].dtype}')
 
@@ -201,6 +211,14 @@ def weights(self:Mask)->dict:
     "The tensors that count: all but the followers."
     return {n: t for n, t in self.items() if n not in self.followers}
 
+@patch
+def kept_in(self:Mask,
+    name:str, # of a tensor
+)->int: # how many of its weights stay
+    "Count what stays in one tensor, once."
+    if name not in self._kept: self._kept[name] = int(self[name].count_nonzero())
+    return self._kept[name]
+
 @patch(as_prop=True)
 def n_total(self:Mask)->int:
     "How many prunable weights there are."
@@ -209,7 +227,7 @@ def n_total(self:Mask)->int:
 @patch(as_prop=True)
 def n_kept(self:Mask)->int:
     "How many of the prunable weights stay."
-    return sum(int(t.count_nonzero()) for t in self.weights.values())
+    return sum(map(self.kept_in, self.weights))
 
 @patch(as_prop=True)
 def sparsity(self:Mask)->float:

@@ -190,7 +190,7 @@ def _rated(self:Sparsifier, name, kept_before, kept_after):
     "How many weights to cut from a layer with a rate, when the others go from one count to another."
     loss = 1 - Fraction(kept_after, kept_before) if kept_before else Fraction(0)
     total = self.weights[name].numel()
-    keep = min(total, max(0, int(self.mask[name].count_nonzero()) * (1 - loss*Fraction(str(self.rates[name]))/100)))
+    keep = min(total, max(0, self.mask.kept_in(name) * (1 - loss*Fraction(str(self.rates[name]))/100)))
     half = 0 if self.units[name].unit_size > 1 else Fraction(1, 2)
     return [name], math.floor(total - keep + half)
 
@@ -203,7 +203,7 @@ def _groups(self:Sparsifier, sparsity):
         return [self._group([n], check_sparsity(s, f'sparsity[{n!r}]', warn=False)) for n, s in asked.items()]
     others = [n for n in self.weights if n not in self.rates]
     groups = [self._group(others, sparsity)] if self.context == 'global' else [self._group([n], sparsity) for n in others]
-    before = sum(int(self.mask[n].count_nonzero()) for n in others)
+    before = sum(map(self.mask.kept_in, others))
     after = sum(self.weights[n].numel() for n in others) - sum(n_cut for _, n_cut in groups)
     return groups + [self._rated(n, before, after) for n in self.rates]
 
@@ -220,8 +220,9 @@ def _scores(self:Sparsifier, name, alive):
 @patch
 def _cut_group(self:Sparsifier, names, n_cut):
     "Choose in one group; bool tensors of the weights' shapes."
-    kept = {n: self.mask[n] if self.units[n].unit_size == 1 else self.units[n].reduce(self.mask[n].float()) > 0 for n in names}
-    alive = n_cut < sum(self.mask[n].numel() - int(self.mask[n].count_nonzero()) for n in names)
+    touched = [n for n in names if self.mask.kept_in(n) < self.mask[n].numel()]
+    kept = {n: self.mask[n] if self.units[n].unit_size == 1 else self.units[n].reduce(self.mask[n].float()) > 0 for n in touched}
+    alive = n_cut < sum(self.mask[n].numel() - self.mask.kept_in(n) for n in names)
     chosen = cut_lowest({n: self._scores(n, alive) for n in names}, n_cut, kept)
     return {n: self.units[n].expand(k).reshape(self.weights[n].shape) for n, k in chosen.items()}
 
@@ -235,12 +236,13 @@ def next_mask(self:Sparsifier,
     if not isinstance(sparsity, Mapping): sparsity = check_sparsity(sparsity, warn=False)
     chosen = {n: self.mask[n] for n in self.weights}
     for names, n_cut in self._groups(sparsity): chosen.update(self._cut_group(names, n_cut))
-    empty = [n for n, t in chosen.items() if not t.any()]
+    mask = Mask(chosen)
+    empty = [n for n in chosen if not mask.kept_in(n)]
     if empty and not self.allow_empty:
         raise ValueError(f'sparsity={sparsity!r} would cut {empty[0]} to nothing: ask for less, spare it by ignore= or rates=, or allow it by allow_empty=True')
     for n, names in self.followers.items():  # what follows a filter goes with it
         if names: chosen.update(dict.fromkeys(names, layout(self.selection.modules[n], chosen[n]).live_filters(chosen[n])))
-    return _agreed(Mask(chosen, self.mask.followers))
+    return _agreed(Mask(chosen, self.mask.followers) if self.followers else mask)
 
 # %% ../nbs/api/05_sparsifier.ipynb #12446063
 def _agreed(mask):
@@ -304,7 +306,7 @@ class Report:
 @patch
 def report(self:Sparsifier)->Report:
     "Count what is kept in each layer and in all."
-    return Report(tuple((n, int(t.count_nonzero()), t.numel()) for n, t in self.mask.weights.items()), self.notes)
+    return Report(tuple((n, self.mask.kept_in(n), t.numel()) for n, t in self.mask.weights.items()), self.notes)
 
 # %% ../nbs/api/05_sparsifier.ipynb #d86d8b70
 @patch
@@ -312,7 +314,7 @@ def _bits_of(self:Sparsifier, name):
     "The mask of a parameter as bits; None while nothing of it is cut."
     t, bits = self.tensors[name], self._bits.get(name)
     if name not in self._bits or (bits is not None and (bits.device, bits.element_size()) != (t.device, t.element_size())):
-        bits = self._bits[name] = None if self.mask[name].all() else keep_bits(self.mask[name], t)
+        bits = self._bits[name] = None if self.mask.kept_in(name) == t.numel() else keep_bits(self.mask[name], t)
     return bits
 
 @patch
