@@ -55,7 +55,7 @@ def get_criterion(
 )->Criterion: # the criterion
     "Look a criterion up; `ValueError` if there is none of that name."
     found = criteria if isinstance(criteria, Criterion) else _criteria.get(criteria) if isinstance(criteria, str) else None
-    if found is None: raise ValueError(f'criteria={criteria!r} is not a criterion: give one of {", ".join(_criteria)}')
+    if found is None: raise ValueError(f'criteria={criteria!r} is not a criterion: give one of {", ".join(_criteria)}, or a function that @criterion made one')
     return found
 
 # %% ../nbs/api/03_criteria.ipynb #117439eb
@@ -162,9 +162,10 @@ def scores(
     "Score the units of one weight."
     def _parts():
         given = {n: inputs[n].detach() for n in {*criterion.needs, 'now'} - {'uniform'}}
+        wide = lambda t: t.float() if t.element_size() < 4 else t  # in 16 bits, squares of small weights would all be zero
         if 'uniform' in criterion.needs: given['uniform'] = _uniform(given['now'], key)
         if criterion.elementwise and units.unit_size == 1:
             rows = {n: _rows(t) for n, t in given.items()}
-            for i in range(len(rows['now'])): yield _checked(criterion, {n: r[i] for n, r in rows.items()}).reshape(-1)
-        else: yield units.reduce(_checked(criterion, given))
+            for i in range(len(rows['now'])): yield _checked(criterion, {n: wide(r[i]) for n, r in rows.items()}).reshape(-1)
+        else: yield units.reduce(_checked(criterion, {n: wide(t) for n, t in given.items()}))
     return LazyScores(_parts, units.n_units, units.unit_size, inputs['now'].dtype, inputs['now'].device)

@@ -45,19 +45,22 @@ def _owned(model):
 
 def _by_default(name, p, module):
     "Is this a weight that is cut unless someone says otherwise?"
+    if is_lazy(p): return isinstance(module, _prunable_types) and name.endswith('weight')
     return isinstance(module, _prunable_types) and p.ndim > 1 and 'bias' not in name.rpartition('.')[2]
 
 # %% ../nbs/api/05_sparsifier.ipynb #b7400e08
+def _by_default_shape(p): return is_lazy(p) or p.ndim > 1
+
 def _matches(choice, name, p, module):
     "Does a type, a name, a module's name or a pattern mean this parameter?"
-    if isinstance(choice, type): return isinstance(module, choice) and p.ndim > 1
+    if isinstance(choice, type): return isinstance(module, choice) and _by_default_shape(p)
     if choice == name: return True
-    return (name.startswith(choice + '.') and _by_default(name, p, module)) or (fnmatchcase(name, choice) and p.ndim > 1)
+    return (name.startswith(choice + '.') and _by_default(name, p, module)) or (fnmatchcase(name, choice) and _by_default_shape(p))
 
 def _chosen(choices, owned, argument):
     "The names that a list of choices means; each must mean something."
     found = []
-    for choice in ([choices] if isinstance(choices, (str, type)) else list(choices)):
+    for choice in (list(choices) if isinstance(choices, (list, tuple, set)) else [choices]):
         if not isinstance(choice, (str, type)): raise ValueError(f'{argument}={choice!r} is neither a type nor a name or pattern')
         names = [n for n, p, m in owned if _matches(choice, n, p, m)]
         if not names:
@@ -102,6 +105,8 @@ def per_name(
 )->dict: # name -> number
     "Spell out a mapping from names or patterns; each must mean a weight that may be cut."
     owned = [(n, selection.weights[n], selection.modules[n]) for n in selection.weights]
+    for k, v in values.items():
+        if isinstance(v, bool) or not isinstance(v, (int, float)): raise ValueError(f'{argument}={{{k!r}: {v!r}}} is not a number')
     return {n: float(v) for k, v in values.items() for n in sorted(_chosen(k, owned, argument))}
 
 def _check_rates(rates):
@@ -109,6 +114,14 @@ def _check_rates(rates):
     for n, r in rates.items():
         if not r >= 0 or math.isinf(r): raise ValueError(f'rates={{{n!r}: {r!r}}} is not a rate: give the percent of the others\' loss that this layer loses, 0 or more')
     return rates
+
+def _distributed(): return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+def _drawn_seed():
+    "A seed that follows from torch's generator, without moving it; under distributed training that of rank 0."
+    with torch.random.fork_rng(devices=[]): seed = [int(torch.randint(2**31, ()))]
+    if _distributed(): dist.broadcast_object_list(seed, src=0)
+    return seed[0]
 
 # %% ../nbs/api/05_sparsifier.ipynb #1672d85e
 class Sparsifier:
@@ -133,9 +146,9 @@ class Sparsifier:
         self.units = {n: units(granularity, m, self.weights[n], n) for n, m in self.selection.modules.items()}
         self.rates = _check_rates(per_name(rates or {}, self.selection, 'rates'))
         if len(self.rates) == len(self.weights): raise ValueError('rates names every layer: at least one must set the pace for the others')
-        self.seed = int(torch.randint(2**31, ())) if seed is None and 'uniform' in self.criterion.needs else seed
+        self.seed = _drawn_seed() if seed is None and 'uniform' in self.criterion.needs else seed
         self.initial = {n: w.detach().clone() for n, w in self.weights.items()} if {'initial', 'previous'} & {*self.criterion.needs} else None
-        self.previous, self.optimizer, self.copies, self.others, self.loaders, self._handles = None, None, (), (), (), []
+        self.previous, self.optimizer, self.copies, self.others, self.loaders, self._handles, self._copied = None, None, (), (), (), [], []
         self._find_followers(batch)
         self._start(mask)
 
@@ -160,7 +173,8 @@ def _find_followers(self:Sparsifier, batch):
 @patch
 def _start(self:Sparsifier, mask):
     "Begin with a full mask, or with the given one held."
-    self.tensors = {**self.weights, **{f: p for f, p, _ in _owned(unwrap(self.model)) if any(f in fs for fs in self.followers.values())}}
+    following = {f for names in self.followers.values() for f in names} | (mask.followers if mask is not None else set())
+    self.tensors = {**self.weights, **{f: p for f, p, _ in _owned(unwrap(self.model)) if f in following}}
     if mask is None: mask = Mask({n: torch.ones_like(t, dtype=torch.bool) for n, t in self.tensors.items()}, set(self.tensors) - set(self.weights))
     self.set_mask(mask)
 
@@ -175,8 +189,12 @@ def set_mask(self:Sparsifier,
     for n, t in mask.items():
         if n not in self.tensors: raise ValueError(f'the mask has {n}, which is not among the weights of this sparsifier')
         if t.shape != self.tensors[n].shape: raise ValueError(f'the mask of {n} has shape {tuple(t.shape)}, the weight {tuple(self.tensors[n].shape)}')
-    self.mask, self._bits = mask, {}
-    for tensors in (self.tensors, *map(_all_names, self.copies)): mask.hold(tensors)
+    missing = [n for n in self.weights if n not in mask]
+    if missing: raise ValueError(f'the mask lacks {missing[0]}, which is among the weights of this sparsifier')
+    whole = {n: torch.ones_like(t, dtype=torch.bool) for n, t in self.tensors.items() if n not in mask}  # followers that an older mask knew nothing of
+    placed = {n: t.to(self.tensors[n].device) for n, t in mask.items()}
+    self.mask, self._bits = (mask if not whole and all(placed[n] is mask[n] for n in mask) else Mask({**placed, **whole}, set(self.tensors) - set(self.weights))), {}
+    for tensors in (self.tensors, *map(_all_names, self.copies)): self.mask.hold(tensors)
 
 # %% ../nbs/api/05_sparsifier.ipynb #afb6f1e4
 @patch
@@ -212,7 +230,8 @@ def _groups(self:Sparsifier, sparsity):
 def _scores(self:Sparsifier, name, alive):
     "Score the units of one weight; `alive` scores what is cut by its last value."
     now, initial = self.weights[name].detach(), (self.initial or {}).get(name)
-    last = now if self.previous is None else self.previous[name]
+    last = now if self.previous is None else self.previous[name].to(now.device)
+    if initial is not None: initial = initial.to(now.device)
     inputs = dict(now=torch.where(self.mask[name], now, last) if alive else now, initial=initial,
                   previous=initial if self.previous is None else last)
     return scores(self.criterion, self.units[name], {n: t for n, t in inputs.items() if t is not None}, f'{self.seed}/{name}')
@@ -233,27 +252,42 @@ def next_mask(self:Sparsifier,
     sparsity, # percent of the weights to cut in all, 0 to 100; or a mapping of names or patterns to percents
 )->Mask: # the mask with that sparsity
     "Choose what to cut, and touch nothing."
+    return _agreed(lambda: self._choose(sparsity), next(iter(self.weights.values())).device)
+
+@patch
+def _choose(self:Sparsifier, sparsity):
+    "The next mask, from the weights of this process."
     if not isinstance(sparsity, Mapping): sparsity = check_sparsity(sparsity, warn=False)
     chosen = {n: self.mask[n] for n in self.weights}
     for names, n_cut in self._groups(sparsity): chosen.update(self._cut_group(names, n_cut))
     mask = Mask(chosen)
     empty = [n for n in chosen if not mask.kept_in(n)]
     if empty and not self.allow_empty:
-        raise ValueError(f'sparsity={sparsity!r} would cut {empty[0]} to nothing: ask for less, spare it by ignore= or rates=, or allow it by allow_empty=True')
+        raise ValueError(f'a sparsity of {sparsity if isinstance(sparsity, Mapping) else round(sparsity, 2)} % would cut {empty[0]} to nothing: ask for less, spare it by ignore= or rates=, '
+                         "let each layer keep its share by context='local', or allow it by allow_empty=True")
     for n, names in self.followers.items():  # what follows a filter goes with it
         if names: chosen.update(dict.fromkeys(names, layout(self.selection.modules[n], chosen[n]).live_filters(chosen[n])))
-    return _agreed(Mask(chosen, self.mask.followers) if self.followers else mask)
+    return Mask(chosen, self.mask.followers) if self.followers else mask
 
 # %% ../nbs/api/05_sparsifier.ipynb #12446063
-def _agreed(mask):
-    "Under distributed training, take rank 0's mask and check that every rank had found the same."
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return mask
-    agreed = {n: t.to(torch.uint8) for n, t in mask.items()}
-    for t in agreed.values(): dist.broadcast(t, src=0)
-    mine = torch.stack([(t.bool() != mask[n]).any() for n, t in agreed.items()]).any().to(torch.int32).reshape(1)
-    dist.all_reduce(mine, op=dist.ReduceOp.MAX)
-    if mine.item(): raise RuntimeError('the ranks chose different masks: their copies of the model have drifted apart')
-    return Mask({n: t.bool() for n, t in agreed.items()}, mask.followers)
+def _agreed(choose, device):
+    "Choose; under distributed training, see that no rank failed and that all have found rank 0's mask."
+    if not _distributed(): return choose()
+    mask = error = None
+    try: mask = choose()
+    except ValueError as e: error = e
+    def _any(flag):
+        flag = torch.tensor([bool(flag)], dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+    if _any(error is not None): raise error or RuntimeError('another rank could not choose what to cut')
+    differs = False
+    for t in mask.values():
+        first = t.to(torch.uint8)
+        dist.broadcast(first, src=0)
+        differs |= bool((first.bool() != t).any())
+    if _any(differs): raise RuntimeError('the ranks chose different masks: their copies of the model have drifted apart')
+    return mask
 
 # %% ../nbs/api/05_sparsifier.ipynb #1b4f7e5d
 @patch
@@ -264,18 +298,25 @@ def prune(self:Sparsifier,
 )->Sparsifier: # itself
     "Cut the lowest weights, down to `sparsity` percent."
     if not isinstance(sparsity, Mapping): check_sparsity(sparsity)
+    if rewind_to is not None: self._check_rewind(rewind_to, optimizer)
     self._cut_to(sparsity)
     if rewind_to is not None: self.rewind(rewind_to, optimizer)
     return self
+
+@patch
+def _check_rewind(self:Sparsifier, point, optimizer):
+    "Raise `ValueError`, before anything is cut, if the state cannot go back to the point."
+    if not isinstance(point, RewindPoint): raise ValueError(f'rewind_to is a {type(point).__name__}: give a rewind point, from take()')
+    point.check(self.model, self.optimizer, optimizer, self.copies, self.others, self.loaders)
 
 @patch
 @torch.no_grad()
 def _cut_to(self:Sparsifier, sparsity):
     "Choose, remember the values of what is alive, cut."
     mask = self.next_mask(sparsity)
-    last = {n: w.detach().clone() for n, w in self.weights.items()}
-    if self.previous is not None: last = {n: torch.where(self.mask[n], t, self.previous[n]) for n, t in last.items()}
-    self.previous = last
+    if self.previous is None: self.previous = {n: w.detach().clone() for n, w in self.weights.items()}
+    else:
+        for n, w in self.weights.items(): torch.where(self.mask[n], w, self.previous[n].to(w.device), out=self.previous[n])
     self.set_mask(mask)
 
 # %% ../nbs/api/05_sparsifier.ipynb #b68944ac
@@ -306,7 +347,9 @@ class Report:
 @patch
 def report(self:Sparsifier)->Report:
     "Count what is kept in each layer and in all."
-    return Report(tuple((n, self.mask.kept_in(n), t.numel()) for n, t in self.mask.weights.items()), self.notes)
+    back = sum(int((t.detach()[~self.mask[n]] != 0).sum()) for n, t in self.weights.items() if self.mask.kept_in(n) < t.numel())
+    notes = {**self.notes, 'attention': f'{back:,} weights that are cut are not zero: is the sparsifier attached to the optimizer?'} if back else self.notes
+    return Report(tuple((n, self.mask.kept_in(n), t.numel()) for n, t in self.mask.weights.items()), notes)
 
 # %% ../nbs/api/05_sparsifier.ipynb #d86d8b70
 @patch
@@ -322,7 +365,9 @@ def hold(self:Sparsifier):
     "Set what is cut to zero, in the model and its copies."
     for n, t in self.tensors.items():
         if (bits := self._bits_of(n)) is not None: hold_bits(t, bits)
-    for copy in self.copies: self.mask.hold(_all_names(copy))
+    for copy in self._copied:
+        for n in self.tensors:
+            if (bits := self._bits_of(n)) is not None: hold_bits(copy[n], bits if bits.device == copy[n].device else bits.to(copy[n].device))
 
 @patch
 def hold_gradients(self:Sparsifier,
@@ -331,7 +376,11 @@ def hold_gradients(self:Sparsifier,
     "Set the gradients of what is cut to zero."
     for n in names or self.tensors:
         bits, grad = self._bits_of(n), self.tensors[n].grad
-        if bits is not None and grad is not None: hold_bits(grad, bits)
+        if bits is None or grad is None: continue
+        if grad.is_sparse:
+            grad = self.tensors[n].grad = grad.coalesce()
+            for row, values in zip(grad.indices()[0], grad.values()): hold_bits(values, bits[row])
+        else: hold_bits(grad, bits)
 
 # %% ../nbs/api/05_sparsifier.ipynb #656254a1
 @patch
@@ -343,6 +392,7 @@ def connect(self:Sparsifier,
 )->Sparsifier: # itself
     "Say what belongs to the training state beside the model."
     self.optimizer, self.copies, self.others, self.loaders = optimizer, tuple(copies), tuple(others), tuple(loaders)
+    self._copied = [_all_names(c) for c in self.copies]
     self.set_mask(self.mask)
     return self
 
@@ -389,4 +439,4 @@ def rewind(self:Sparsifier,
 @patch
 def __getstate__(self:Sparsifier):
     "Copies and pickles leave hooks and what they were attached to behind."
-    return {**self.__dict__, 'optimizer': None, 'copies': (), 'others': (), 'loaders': (), '_handles': [], '_bits': {}}
+    return {**self.__dict__, 'optimizer': None, 'copies': (), 'others': (), 'loaders': (), '_handles': [], '_bits': {}, '_copied': []}

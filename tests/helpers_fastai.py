@@ -74,9 +74,9 @@ class ConvNet(nn.Module):
 
 
 def small_learner(model=None, seed=1, dls=None, dropout=.2, metrics=accuracy, **kwargs):
-    "The same learner each time, without progress bar and printing."
+    "The same learner each time, without progress bar and printing; model and data loaders may be functions, called after seeding."
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
-    dls = dls or small_dls()
+    dls = small_dls() if dls is None else dls if isinstance(dls, DataLoaders) else dls()
     learn = Learner(dls, small_model(dropout) if model is None else model if isinstance(model, nn.Module) else model(),
                     loss_func=CrossEntropyLossFlat(), metrics=metrics, **kwargs)
     learn.remove_cb(ProgressCallback)

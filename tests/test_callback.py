@@ -87,8 +87,11 @@ def test_masks_change_between_the_epochs_and_nowhere_else():
 
 
 def test_no_step_between_pruning_and_rewind(monkeypatch):
-    log, prune, restore = [], Sparsifier._cut_to, RewindPoint.restore
-    monkeypatch.setattr(Sparsifier, '_cut_to', lambda self, *a, **k: (log.append('prune'), prune(self, *a, **k))[1])
+    log, set_mask, restore = [], Sparsifier.set_mask, RewindPoint.restore
+    def noted(self, mask):
+        if hasattr(self, 'mask') and mask is not self.mask: log.append('prune')
+        return set_mask(self, mask)
+    monkeypatch.setattr(Sparsifier, 'set_mask', noted)
     monkeypatch.setattr(RewindPoint, 'restore', lambda self, *a, **k: (log.append('rewind'), restore(self, *a, **k))[1])
     class Note(Callback):
         order, run_valid = -5, False
@@ -402,8 +405,9 @@ def test_save_model_keeps_the_best_of_the_last_round(tmp_path, reset_end):
     learn = with_score(BEST_IS_DENSE, path=tmp_path)
     sp_cb, ends, spy = positional(reset_end=reset_end), AtEnds(), Spy
     before = spy(sp_cb, 56)
-    learn.fit(20, 1e-2, cbs=[sp_cb, SaveModelCallback(monitor='score', comp=np.greater), ends, before])
-    now = tensors_of(learn.model)
+    learn.fit(20, 1e-2, cbs=[sp_cb, save := SaveModelCallback(monitor='score', comp=np.greater), ends, before])
+    now, saved = tensors_of(learn.model), torch.load(tmp_path/'models'/'model.pth')
+    assert same(saved, ends.seen[17]) and save.best == 5, 'the file and the best value are no longer those of the best epoch'
     if reset_end: assert is_masked(now, before.seen[0]['tensors'], sp_cb.mask) is True
     else: assert same(now, ends.seen[17]) and not same(now, ends.seen[19])
     assert n_zeros(sp_cb) == 88
@@ -415,6 +419,30 @@ def test_save_model_with_the_callbacks_on_the_learner(tmp_path):
     learn.add_cbs([SaveModelCallback(monitor='score', comp=np.greater, with_opt=True), sp_cb, ends])
     learn.fit(20, 1e-2)
     assert same(tensors_of(learn.model), ends.seen[17]) and n_zeros(sp_cb) == 88
+
+
+def test_save_model_when_the_last_round_is_cut_short(tmp_path):
+    "Before its first epoch ends there is nothing better in this round than where it starts."
+    learn = with_score(BEST_IS_DENSE, path=tmp_path)
+    sp_cb = positional(rewind_epoch=1)
+    after = Spy(sp_cb, 56)
+    class Stop(Callback):
+        def before_batch(self):
+            if self.learn.epoch == 15 and self.learn.iter == 2: raise CancelFitException()
+    learn.fit(20, 1e-2, cbs=[sp_cb, SaveModelCallback(monitor='score', comp=np.greater), after, Stop()])
+    assert is_masked(tensors_of(learn.model), after.seen[1]['tensors'], sp_cb.mask) is True and n_zeros(sp_cb) == 88
+
+
+@pytest.mark.parametrize('kwargs', [dict(every_epoch=True), dict(at_end=True)], ids=['every epoch', 'at the end'])
+def test_save_model_in_its_other_modes(tmp_path, kwargs):
+    "Every epoch, or the end: the files are what the network was, and nothing is loaded."
+    learn = with_score(BEST_IS_DENSE, path=tmp_path)
+    sp_cb, ends = positional(), AtEnds()
+    learn.fit(20, 1e-2, cbs=[sp_cb, SaveModelCallback(monitor='score', comp=np.greater, **kwargs), ends])
+    assert same(tensors_of(learn.model), ends.seen[19])
+    files = {f'model_{e}': e for e in range(20)} if 'every_epoch' in kwargs else {'model': 19}
+    assert {f.stem for f in (tmp_path/'models').iterdir()} == set(files)
+    assert all(same(torch.load(tmp_path/'models'/f'{f}.pth'), ends.seen[e]) for f, e in files.items())
 
 
 def test_save_model_when_no_epoch_of_the_last_round_counts(tmp_path):
@@ -681,12 +709,12 @@ def test_a_round_from_epoch_k_starts_at_k_in_its_schedule():
     assert learn.recorder.hps['mom'] == alone.recorder.hps['mom'] + alone.recorder.hps['mom'][N_BATCHES:]*3
 
 
-@pytest.mark.parametrize('n_batches, step', [(4, 3), (7, 3), (10, 3), (11, 7)])
+@pytest.mark.parametrize('n_batches, step', [(4, 3), (7, 5), (11, 7)])
 @pytest.mark.parametrize('fit', ['fit_one_cycle', 'fit_flat_cos'])
 def test_a_round_from_inside_an_epoch_continues_the_same_curve(fit, n_batches, step):
     learn, alone = small_learner(dls=small_dls(n_batches)), small_learner(dls=small_dls(n_batches))
-    getattr(learn, fit)(20, 1e-2, cbs=positional(rewind_step=step))
-    getattr(alone, fit)(5, 1e-2)
+    getattr(learn, fit)(8, 1e-2, cbs=SparsifyCallback(50, start_epoch=2, lth=True, rewind_step=step))
+    getattr(alone, fit)(2, 1e-2)
     together, single = rates_of(learn), rates_of(alone)
     for hyper, values in single.items(): assert together[hyper] == values + values[step:]*3
 
@@ -694,14 +722,14 @@ def test_a_round_from_inside_an_epoch_continues_the_same_curve(fit, n_batches, s
 @pytest.mark.parametrize('n_batches, step', [(4, 3), (7, 6), (11, 7)])
 def test_a_round_from_inside_an_epoch_continues_the_same_progress(n_batches, step):
     "To the last bit, also where a schedule reads it in double precision: the steps after the rewind are those of the first pass."
-    learn, sp_cb = small_learner(dls=small_dls(n_batches)), positional(rewind_step=step)
+    learn, sp_cb = small_learner(dls=small_dls(n_batches)), SparsifyCallback(50, start_epoch=2, lth=True, rewind_step=step)
     seen = []
     class Look(Callback):
         order, run_valid = 60, False
         def before_batch(self): seen.append(self.learn.pct_train)
-    learn.fit(20, 1e-2, cbs=[sp_cb, Look(), ParamScheduler({'lr': SchedCos(1e-2, 1e-4)})])
-    assert seen == seen[:5*n_batches] + seen[step:5*n_batches]*3
-    assert learn.recorder.lrs == learn.recorder.lrs[:5*n_batches] + learn.recorder.lrs[step:5*n_batches]*3
+    learn.fit(8, 1e-2, cbs=[sp_cb, Look(), ParamScheduler({'lr': SchedCos(1e-2, 1e-4)})])
+    assert seen == seen[:2*n_batches] + seen[step:2*n_batches]*3
+    assert learn.recorder.lrs == learn.recorder.lrs[:2*n_batches] + learn.recorder.lrs[step:2*n_batches]*3
 
 
 def test_without_rewinding_the_schedule_is_the_whole_fits():

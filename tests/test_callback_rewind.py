@@ -101,13 +101,21 @@ def test_bit_for_bit_over_three_rounds():
     assert same(spy.seen[2]['tensors'], spy.seen[4]['tensors']) and same(spy.seen[2]['tensors'], tensors_of(learn.model))
 
 
-def test_other_callbacks_that_draw_do_not_disturb():
-    "A callback draws random numbers at every event, and validation does too; the rounds repeat all the same."
-    class Draws(Callback):
-        order = 5
-        def _draw(self): torch.rand(1); random.random(); np.random.rand()
-        before_epoch = before_train = before_batch = after_pred = after_step = after_batch = before_validate = after_epoch = _draw
-    for point in ('epoch 1', 'step 3'): there_and_back(point, [Draws()], dls=small_dls(noise=True))
+class Draws(Callback):
+    "A callback that draws random numbers at many events, in validation too."
+    def __init__(self, order): self._order = order
+    @property
+    def order(self): return self._order
+    def _draw(self): torch.rand(1); random.random(); np.random.rand()
+    before_epoch = before_train = before_batch = after_pred = after_step = before_validate = after_epoch = _draw
+
+class DrawsAfterTheBatch(Draws):
+    after_batch = Draws._draw
+
+@pytest.mark.parametrize('draws', [Draws(5), Draws(90), DrawsAfterTheBatch(5), DrawsAfterTheBatch(90)], ids=['early', 'late', 'early after the batch', 'late after the batch'])
+@pytest.mark.parametrize('kind', ['fastai', 'torch'])
+def test_other_callbacks_that_draw_do_not_disturb(draws, kind):
+    for point in ('epoch 1', 'step 3'): there_and_back(point, [draws], dls=small_dls(noise=True, kind=kind))
 
 
 class WithGenerator(Items):
@@ -151,14 +159,14 @@ def test_leaving_out_one_item_is_noticed(monkeypatch, left_out, point):
     restore, restore_random = RewindPoint.restore, RandomState.restore
     def less(self, model, optimizer=None, how='fresh', copies=(), others=(), loaders=()):
         kept = {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        stats, generators = deepcopy(optimizer.state_dict()), RandomState.take(loaders)
+        stats, generators, own = deepcopy(optimizer.state_dict()), RandomState.take(), loaders[0].rng.getstate() if hasattr(loaders[0], 'rng') else None
         position = restore(self, model, optimizer, how, copies, others, loaders)
         with torch.no_grad():
             if left_out == 'tensors': model.fc.weight.copy_(kept['fc.weight'])
             if left_out == 'buffers': model.bn.running_var.copy_(kept['bn.running_var'])
         if left_out == 'optimizer': optimizer.load_state_dict(stats)
         if left_out == 'random': restore_random(generators, ())
-        if left_out == 'loader': loaders[0].rng.setstate(generators.loaders[0])
+        if left_out == 'loader': loaders[0].rng.setstate(own)
         if left_out == 'epoch_start': restore_random(self.random, loaders) # the generators of that moment instead of those when its epoch began
         return position
     # torch's loader draws its order from the global generator, fastai's from its own

@@ -71,9 +71,9 @@ def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReL
 
 
 @pytest.fixture
-def learn(dls):
+def learn(dls, tmp_path):
     torch.manual_seed(0)
-    learn = Learner(dls, net(), metrics=accuracy)
+    learn = Learner(dls, net(), metrics=accuracy, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): yield learn
 
 
