@@ -99,7 +99,7 @@ _granularities = {}
 
 def register_granularity(
     name:str, # what it is called from now on
-    whole_filters:bool=False, # are its units whole filters, so that their bias and norm must go along?
+    whole_filters:bool=False, # are its units whole filters, so that their bias and norm must be cut with them?
 )->Callable: # decorator for a function from `Layout` to `Units`
     "Register a function that says how a layout falls into units."
     def _register(fn):
@@ -171,7 +171,9 @@ def units(
             raise ValueError(f'granularity={granularity!r} does not apply to {name}, of whose dimensions nothing is known: '
                              "'weight' and 'layer' do, or teach `layout` its module")
         seen_as = Layout(tuple(range(weight.ndim)), tuple(weight.shape))
-    return _granularities[check_granularity(granularity)].units(seen_as)
+    found = _granularities[check_granularity(granularity)].units(seen_as)
+    if math.prod(found.view) != weight.numel(): raise ValueError(f'granularity={granularity!r} does not fit {name} of shape {tuple(weight.shape)}: leave it out by ignore=')
+    return found
 
 # %% ../nbs/api/00_granularity.ipynb #22526b73
 def has_followers(
