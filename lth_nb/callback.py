@@ -29,7 +29,7 @@ from .granularity import check_granularity, has_followers
 from .mask import Mask, check_sparsity, n_to_cut
 from .rewind import Position, RandomState, Resume, RewindPoint, check_optimizer_choice, loader_generator, unwrap
 from .schedule import Plan, Schedule, iterative
-from .sparsifier import Report, Sparsifier, per_name, prunable
+from .sparsifier import Report, Sparsifier, per_name, prunable, refuse_empty
 
 # %% ../nbs/api/07_callback.ipynb #6834da13
 def _in_training_fit(learn):
@@ -149,15 +149,17 @@ class Seeded(Callback):
         seed:int, # of the replicate, 0 or more
     ):
         if not isinstance(seed, int) or seed < 0: raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
-        self.seed, self.epochs_done = seed, 0
+        self.seed, self.epochs_done, self._began = seed, 0, False
 
     def before_train(self):
         "Set the generators."
-        if not hasattr(self.learn, 'lr_finder'): set_generators(self.seed, self.epochs_done, self.learn.dls.train)
+        if hasattr(self.learn, 'lr_finder'): return
+        set_generators(self.seed, self.epochs_done, self.learn.dls.train)
+        self._began = True
 
-    def after_train(self):
-        "Count the epoch."
-        if not hasattr(self.learn, 'lr_finder'): self.epochs_done += 1
+    def after_epoch(self):
+        "Count the epoch, whether it was whole or cut short."
+        self.epochs_done, self._began = self.epochs_done + self._began, False
 
 # %% ../nbs/api/07_callback.ipynb #0f6c6e0d
 class SparsifyCallback(MaskCallback):
@@ -195,8 +197,10 @@ def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool
 @patch
 def _check_arguments(self:SparsifyCallback):
     "Raise `ValueError` for what can be seen without a model."
-    sparsities = self.end_sparsity.items() if isinstance(self.end_sparsity, Mapping) else [('end_sparsity', self.end_sparsity)]
+    sparsities = list(self.end_sparsity.items()) if isinstance(self.end_sparsity, Mapping) else [('end_sparsity', self.end_sparsity)]
     for name, s in sparsities: check_sparsity(s, name)
+    if not sparsities: raise ValueError('end_sparsity={} names no layer')
+    if isinstance(self.end_sparsity, Mapping) and self.rates: raise ValueError('end_sparsity names layers and rates does too: give one of the two')
     check_granularity(self.granularity); get_criterion(self.criteria); check_optimizer_choice(self.optimizer)
     if not isinstance(self.schedule, Schedule): raise ValueError(f'schedule={self.schedule!r} is not a schedule: give one like iterative or agp')
     for name in ('start_epoch', 'rewind_epoch'):
@@ -282,6 +286,15 @@ def _levels(self:SparsifyCallback, selection, plan):
     each = {n: self.schedule.levels(s, len(plan)) for n, s in per_name(self.end_sparsity, selection, 'end_sparsity').items()}
     return tuple({n: levels[i] for n, levels in each.items()} for i in range(len(plan)))
 
+@patch
+def _refuse_emptying(self:SparsifyCallback, weights, levels):
+    "Raise `ValueError` where it is known beforehand that a layer will be cut to nothing."
+    for level in levels:
+        counts = level if isinstance(level, Mapping) else dict.fromkeys(weights, level) if self.context == 'local' and not self.rates else {}
+        for n, s in counts.items():
+            if n_to_cut(weights[n].numel(), s) == weights[n].numel(): refuse_empty(n, level)
+        if level == 100: refuse_empty(next(iter(weights)), level)
+
 # %% ../nbs/api/07_callback.ipynb #d7d4290f
 @patch
 def plan(self:SparsifyCallback,
@@ -295,6 +308,7 @@ def plan(self:SparsifyCallback,
     highest = float(max(self.end_sparsity.values()) if isinstance(self.end_sparsity, Mapping) else self.end_sparsity)
     plan = self.schedule.plan(highest, math.floor(self.start_epoch*n + .5), n_epoch*n, n, whole_epochs=self.lth)
     levels = self._levels(selection, plan)
+    if not (self.allow_empty or self.granularity == 'layer'): self._refuse_emptying(selection.weights, levels)
     n_cut = () if self.rates else tuple(_n_cut(selection.weights, s, self.context) for s in levels)
     return FitPlan(plan, levels, n_cut, self._rewind_batch(n, plan[0][0]), n_epoch, self.lth)
 
@@ -302,7 +316,7 @@ def plan(self:SparsifyCallback,
 @patch
 def before_fit(self:SparsifyCallback):
     "Check the plan and begin it; after a finished one, only hold the mask."
-    self._todo = []
+    self._todo, self._skipped, self._resumes = [], False, False
     if self._finished: self._check_model()
     else: self._begin()
     self.sparsifier.hold()
@@ -364,8 +378,9 @@ def _prune_if_due(self:SparsifyCallback, batch):
     sparsity = None
     while self._todo and self._todo[0][0][0] <= batch: _, sparsity = self._todo.pop(0)
     if sparsity is None: return
-    if self.lth and self.rewind_point is None:
-        raise ValueError(f'rewind_step={self.rewind_step} was not reached before pruning started: gradients were accumulated, or steps skipped')
+    if self._fit_plan.rewind is not None and self.rewind_point is None:
+        asked = f'rewind_epoch={self.rewind_epoch}' if self.rewind_step is None else f'rewind_step={self.rewind_step}'
+        raise ValueError(f'{asked} was not reached before pruning started: epochs were cut short, gradients accumulated or steps skipped')
     self.sparsifier._cut_to(sparsity)
     if self.lth: self._rewind()
 
@@ -389,6 +404,7 @@ def _reached(self:SparsifyCallback):
 def _rewind(self:SparsifyCallback):
     "Begin a round: put the training state back, with the mask held, and tell the callbacks that keep a best or a file."
     self._put_back()
+    self._resumes = self._position.batch > 0
     self._round_start = (self.learn.epoch, self._position.epoch)
     for cb in self.learn.cbs:
         if isinstance(cb, TrackerCallback):
@@ -434,7 +450,7 @@ def _round_epochs(self:SparsifyCallback):
 @patch
 def before_train(self:SparsifyCallback):
     "Pass over the batches already seen, and start the round's part of the schedule."
-    if self._position.batch: self.learn.dl = Resume(self.learn.dl, self.rewind_point)
+    if self._resumes: self.learn.dl, self._resumes = Resume(self.learn.dl, self.rewind_point), False
     if n_epochs := self._round_epochs():
         self._pct = self._position.epoch/n_epochs
         for _ in range(self._position.batch): self._pct += 1./(self._n_batches*n_epochs)  # as the first pass added it up
@@ -453,6 +469,12 @@ def after_batch(self:SparsifyCallback):
 def after_train(self:SparsifyCallback):
     "Count the epoch."
     self._position = Position(self._position.steps, self._position.epoch + 1)
+
+@patch
+def after_epoch(self:SparsifyCallback):
+    "Count an epoch that was cut short, too."
+    MaskCallback.after_epoch(self)
+    if self._position.batch: SparsifyCallback.after_train(self)
 
 # %% ../nbs/api/07_callback.ipynb #98c50668
 @patch

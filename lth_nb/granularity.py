@@ -154,7 +154,7 @@ def check_granularity(
     granularity:str, # a registered name
 )->str: # the same name
     "Raise `ValueError` if there is no such granularity."
-    if granularity not in _granularities:
+    if not isinstance(granularity, str) or granularity not in _granularities:
         raise ValueError(f'granularity={granularity!r} is not known: give one of {", ".join(_granularities)}')
     return granularity
 

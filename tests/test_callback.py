@@ -454,6 +454,20 @@ def test_save_model_when_no_epoch_of_the_last_round_counts(tmp_path):
     assert not any(is_masked(tensors_of(learn.model), ends.seen[e], sp_cb.mask) is True for e in range(15)), 'the weights are of an earlier round'
 
 
+@pytest.mark.parametrize('ending', ['whole', 'cancelled'])
+def test_weights_loaded_when_the_fit_ends_are_masked(ending):
+    "Another callback may put dense weights in at the end of a fit; the mask has the last word."
+    learn, sp_cb = small_learner(), SparsifyCallback(50, start_epoch=1, lth=True)
+    dense = deepcopy(learn.model.state_dict())
+    class Loads(Callback):
+        order = 90
+        def before_batch(self):
+            if ending == 'cancelled' and self.learn.epoch == 3: raise CancelFitException()
+        def after_fit(self): self.learn.model.load_state_dict(dense)
+    learn.fit(4, 1e-2, cbs=[sp_cb, Loads()])
+    assert is_masked(tensors_of(learn.model), dense, sp_cb.mask) is True and n_zeros(sp_cb) == 88
+
+
 def test_early_stopping_waits_anew_in_each_round(tmp_path):
     learn = with_score([9, 8, 8, 8, 8]*4, path=tmp_path)
     sp_cb = positional()

@@ -279,6 +279,7 @@ def test_a_folder_that_is_something_else(tmp_path):
                                    dict(n_valid=True), dict(n_train=5, bs=6)])
 def test_wrong_arguments(folder, tmp_path, wrong):
     with pytest.raises(ValueError, match='n_train=|n_valid=|size=|bs='): imagenette_dls(**{**dict(size=8, bs=4, path=folder, cache=tmp_path), **wrong})
+    assert not list(tmp_path.iterdir()) # before anything is decoded
 
 
 # --- subsets
@@ -419,6 +420,7 @@ def test_exported_learner_needs_no_cache(folder, tmp_path):
     with learn.no_bar(): before = learn.predict(folder/'val/n03000684/0.JPEG')[2]
     learn.add_cb(FastCPU(bf16=False))
     learn.export(tmp_path/'learner.pkl')
+    assert len(learn.dls.new_empty().train_ds.images) == 0
     for o in tmp_path.glob('*.u8'): o.unlink()
     loaded = load_learner(tmp_path/'learner.pkl')
     with loaded.no_bar(): assert torch.allclose(loaded.predict(folder/'val/n03000684/0.JPEG')[2], before, atol=1e-5)
@@ -627,7 +629,9 @@ def test_other_loaders_models_and_threads(learn):
 
 
 def test_weights_of_other_shapes_are_left_alone():
-    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv1d(1, 2, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Conv2d(3, 4, 3))
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv1d(1, 2, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Conv2d(3, 4, 3),
+                          nn.Conv2d(3, 4, 3))
+    model[4].weight.data = model[4].weight.data.transpose(2, 3) # an order of the user's own
     before = [o.stride() for o in model.parameters()]
     with pytest.raises(RuntimeError), channels_last_weights(model):
         assert model[3].weight.is_contiguous(memory_format=torch.channels_last)

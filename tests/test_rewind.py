@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from helpers_core import assert_held, conv_net, device, equal, train_step  # noqa: F401
-from lth_nb.rewind import Position, RandomState, Resume, RewindPoint, check_optimizer_choice, named_tensors, restore_optimizer, unwrap
+from lth_nb.rewind import ModelState, Position, RandomState, Resume, RewindPoint, check_optimizer_choice, named_tensors, restore_optimizer, unwrap
 from lth_nb.sparsifier import Sparsifier
 
 PER_EPOCH, END = 6, 15
@@ -151,7 +151,8 @@ def left_out(field):
     "Damage a point: this one item of it is as at the end of the first pass, as if it had not been restored."
     def damage(point, end):
         kind, _, name = field.partition('.')
-        if kind == 'tensors': return replace(point, tensors={**point.tensors, name: end.tensors[name]})
+        if kind == 'tensors': return replace(point, model=replace(point.model, tensors={**point.tensors, name: end.tensors[name]}))
+        if kind == 'extra': return replace(point, model=replace(point.model, extra=end.model.extra))
         if kind == 'others': return replace(point, others=tuple(e if i == int(name) else p for i, (p, e) in enumerate(zip(point.others, end.others))))
         if kind == 'random' and name: return replace(point, random=replace(point.random, **{name: getattr(end.random, name)}))
         if kind == 'epoch_start' and name: return replace(point, epoch_start=replace(point.epoch_start, **{name: getattr(end.epoch_start, name)}))
@@ -228,8 +229,8 @@ def test_a_rewind_can_be_repeated_and_the_point_stays_as_it_was(device):
     for _ in range(2):
         runs.append((t.run(t.restore(point), resume=point)[0], t.state()))
     assert equal(*runs)
-    assert equal(vars(pickle.loads(saved))['tensors'], point.tensors) and equal(pickle.loads(saved).optimizer, point.optimizer)
-    assert equal(pickle.loads(saved).others, point.others) and equal(pickle.loads(saved).copies, point.copies) and point.extra == pickle.loads(saved).extra
+    assert equal(pickle.loads(saved).tensors, point.tensors) and equal(pickle.loads(saved).optimizer, point.optimizer)
+    assert equal(pickle.loads(saved).others, point.others) and equal([c.tensors for c, _ in pickle.loads(saved).copies], [c.tensors for c, _ in point.copies]) and point.model.extra == pickle.loads(saved).model.extra
 
 
 def test_torchs_gradient_scaler_is_rewound():
@@ -407,7 +408,7 @@ def test_a_point_moves_between_models_of_one_shape(device):
 
 def test_resume_has_the_loaders_length_and_attributes():
     loader = DataLoader(Augmented(), 4)
-    resumed = Resume(loader, RewindPoint({}, {}, (), None, (), RandomState.take(), RandomState.take(), Position(8, 1, 2)))
+    resumed = Resume(loader, RewindPoint(ModelState({}, {}), (), None, (), RandomState.take(), RandomState.take(), Position(8, 1, 2)))
     assert len(resumed) == 4 and resumed.batch_size == 4 and len(list(resumed)) == 4
     with pytest.raises(AttributeError): resumed.nothing_like_it
     pickle.loads(pickle.dumps(resumed)).batch_size

@@ -93,6 +93,7 @@ def test_rounds_of_equal_size_cut_the_nearest_count(sparsity, n, n_total):
 
 @given(st.integers(1, 99), st.integers(1, 3000), hundredths)
 @example(20, 100, 99.)
+@example(50, 100, 75.)  # reached exactly
 @quick
 def test_geometric_rounds_cut_the_same_share_of_what_is_left(rate, n_total, sparsity):
     levels = geometric(rate=rate).levels(sparsity)

@@ -1,0 +1,175 @@
+"""Measure side by side, in one run, and write benchmarks/results.md.
+
+    make bench                                  # everything, about half an hour on two cores
+    .venv/bin/python benchmarks/run.py prune    # one part: prune, memory, hold or epoch; its last result is replaced
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torchvision.models import resnet18, vgg16
+
+from lth_nb.sparsifier import Sparsifier
+
+HERE = Path(__file__).parent
+warnings.filterwarnings('ignore')
+
+
+def seconds(run):
+    "Wall time of one call."
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def side_by_side(contenders, repeats):
+    "Call all in turn, again and again; each contender makes its own fresh setup, untimed. Times of the first turn are not counted."
+    times = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, setup in contenders.items():
+            taken = seconds(setup())
+            if turn: times[name].append(taken)
+    return {name: dict(median=median(t), min=min(t), max=max(t), n=len(t)) for name, t in times.items()}
+
+
+def pruning_of(model):
+    "One global pruning to 50 %, by each library, each on a fresh copy."
+    from fasterai.core.criteria import large_final
+    from fasterai.sparse.sparsifier import Sparsifier as FasteraiSparsifier
+    types = (nn.Conv2d, nn.Linear)
+    def ours_mask(): return lambda sp=Sparsifier(model): sp.next_mask(50)
+    def ours_prune(): return lambda sp=Sparsifier(deepcopy(model)): sp.prune(50)
+    def fasterai(): return lambda sp=FasteraiSparsifier(deepcopy(model), 'weight', 'global', large_final, layer_type=types): sp.sparsify_model(.5)
+    def torch_prune():
+        copy = deepcopy(model)
+        weights = [(m, 'weight') for m in copy.modules() if isinstance(m, types)]
+        return lambda: prune.global_unstructured(weights, pruning_method=prune.L1Unstructured, amount=.5)
+    return {'lth_nb, the mask': ours_mask, 'lth_nb, mask and model': ours_prune, 'fasterai': fasterai, 'torch.nn.utils.prune': torch_prune}
+
+
+def bench_prune():
+    "One global pruning of ResNet-18 and VGG-16."
+    return {'ResNet-18': side_by_side(pruning_of(resnet18(num_classes=10)), 7), 'VGG-16': side_by_side(pruning_of(vgg16()), 3)}
+
+
+MEMORY = '''
+import re, time, torch
+from torch import nn
+from lth_nb.sparsifier import Sparsifier
+status = lambda key: int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+torch.manual_seed(0)
+model = nn.Sequential(*[nn.Linear(10_000, 10_000, bias=False) for _ in range(5)])
+sp = Sparsifier(model)
+small = Sparsifier(nn.Linear(100, 100)).next_mask(50)
+open("/proc/self/clear_refs", "w").write("5")
+before, start = status("VmRSS"), time.perf_counter()
+mask = sp.next_mask(50)
+print(time.perf_counter() - start, status("VmHWM") - before, sum(t.numel() for t in mask.values()), mask.n_total - mask.n_kept)
+'''
+
+
+def bench_memory():
+    "Peak memory of one global pruning of 500 million weights, beyond what was there before and the new mask."
+    taken, peak, mask_bytes, n_cut = map(float, subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, check=True).stdout.split())
+    return dict(seconds=taken, n_cut=int(n_cut), extra_bytes=peak - mask_bytes, weight_bytes=4*mask_bytes, share=(peak - mask_bytes)/(4*mask_bytes))
+
+
+def bench_hold():
+    "What keeping a mask adds to a training step of ResNet-18 at 64 px and batch 64, in float32 and in bf16 with channels_last."
+    results = {}
+    for precision in ('float32', 'bf16'):
+        layout = torch.channels_last if precision == 'bf16' else torch.contiguous_format
+        x, y = torch.randn(64, 3, 64, 64).contiguous(memory_format=layout), torch.randint(10, (64,))
+        steps = {}
+        for name in ('dense', 'masked'):
+            model = resnet18(num_classes=10).to(memory_format=layout)
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+            if name == 'masked': Sparsifier(model).attach(optimizer).prune(50)
+            def step(model=model, optimizer=optimizer):
+                with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'): loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward(); optimizer.step(); optimizer.zero_grad()
+            steps[name] = lambda step=step: step
+        results[precision] = side_by_side(steps, 60)
+    return results
+
+
+def epoch_learner(kind):
+    "A learner on all of Imagenette at 64 px: plain fastai from JPEGs, or from the cache; with or without the CPU callback."
+    from fastai.vision.all import ImageDataLoaders, Learner, Resize
+    from lth_nb.data import FastCPU, imagenette_dls
+    path = os.environ['LTH_NB_IMAGENETTE']
+    if kind == 'fastai': dls = ImageDataLoaders.from_folder(path, train='train', valid='val', item_tfms=Resize(64), bs=64, num_workers=2)
+    else: dls = imagenette_dls(size=64, bs=64, path=path)
+    return Learner(dls, resnet18(num_classes=10), cbs=[FastCPU()] if kind == 'cache, FastCPU' else [])
+
+
+def bench_epoch():
+    "One epoch, training and validation, on all of Imagenette at 64 px, from a filled cache and from JPEGs."
+    def setup(kind):
+        learn = epoch_learner(kind)
+        def epoch():
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        return epoch
+    return side_by_side({k: lambda k=k: setup(k) for k in ('fastai', 'cache', 'cache, FastCPU')}, 2)
+
+
+def machine():
+    "What it was measured on."
+    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
+    names = ('torch', 'torchvision', 'fastai', 'fasterai')
+    return dict(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), **{n: version(n) for n in names}, date=time.strftime('%Y-%m-%d'))
+
+
+def rows(times, base):
+    "Markdown rows of a comparison; the ratio is to `base`."
+    return '\n'.join(f'| {n} | {t["median"]:.3f} | {t["min"]:.3f} to {t["max"]:.3f} | {t["median"]/times[base]["median"]:.3f} |' for n, t in times.items())
+
+
+def table(title, times, base):
+    return f'### {title}\n\n| | median (s) | range (s) | ratio to {base} |\n| :--- | ---: | ---: | ---: |\n{rows(times, base)}\n'
+
+
+def write(results):
+    "results.md from results.json."
+    m = results['machine']
+    parts = [f'# Benchmarks\n\nMade by `make bench`. Contenders take turns in one process; the first turn is not counted. '
+             f'{m["cpu"]}, {m["threads"]} threads, Python {m["python"]}, ' + ', '.join(f'{n} {m[n]}' for n in ('torch', 'torchvision', 'fastai', 'fasterai')) + f'; {m["date"]}. '
+             'Machines are noisy: read the ratios.\n']
+    if 'prune' in results:
+        parts.append('## One global pruning to 50 %\n\n*The mask* finds the exact mask; *mask and model* also applies it and keeps the values that were cut. The others do both as they are documented.\n')
+        parts += [table(name, times, 'lth_nb, the mask') for name, times in results['prune'].items()]
+    if r := results.get('memory'):
+        parts.append(f'### 500 million weights\n\n{r["n_cut"]:,} cut in {r["seconds"]:.1f} s; peak memory beyond weights and masks {r["extra_bytes"]/1e6:.0f} MB, {100*r["share"]:.1f} % of the weights.\n')
+    if 'hold' in results:
+        parts.append('## Keeping a mask\n\nA training step of ResNet-18, 64 px, batch 64, Adam, without and with a 50 % mask held by `Sparsifier.attach` (weights after the step, gradients after the backward pass).\n')
+        parts += [table(name, times, 'dense') for name, times in results['hold'].items()]
+    if 'epoch' in results:
+        parts.append('## An epoch of Imagenette\n\nResNet-18, all 9,469 training and 3,925 validation images at 64 px, batch 64. *fastai*: `ImageDataLoaders.from_folder`, `Resize(64)`, two workers, float32, '
+                     'from JPEGs. *cache*: `imagenette_dls` from a filled cache, float32. *FastCPU* adds bf16 autocast and channels_last.\n')
+        parts.append(table('Training and validation', results['epoch'], 'fastai'))
+    (HERE/'results.md').write_text('\n'.join(parts))
+
+
+def main(names):
+    benches = dict(prune=bench_prune, memory=bench_memory, hold=bench_hold, epoch=bench_epoch)
+    file = HERE/'results.json'
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results['machine'] = machine()
+    for name in names or benches:
+        results[name] = benches[name]()
+        file.write_text(json.dumps(results, indent=1))
+        write(results)
+
+
+if __name__ == '__main__': main(sys.argv[1:])
