@@ -22,7 +22,7 @@ from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import to_device
-from fastcore.basics import patch, store_attr
+from fastcore.basics import GetAttr, patch, store_attr
 
 from .criteria import get_criterion, large_final
 from .granularity import check_granularity, has_followers
@@ -325,7 +325,7 @@ def before_fit(self:SparsifyCallback):
 @patch
 def _begin(self:SparsifyCallback):
     "Start a plan on the learner's model as it is."
-    self._refuse_partial_fits()
+    self._refuse_what_cannot_be()
     self._fit_plan = self.plan(self.learn, self.learn.n_epoch)
     self._todo = list(zip(self._fit_plan.plan, self._fit_plan.sparsities))
     self._n_batches = self._fit_plan.plan.steps_per_epoch
@@ -339,8 +339,11 @@ def _begin(self:SparsifyCallback):
     self.sparsifier.connect(self.learn.opt, self.copies, [] if scaler is None else [scaler], [self.learn.dls.train])
 
 @patch
-def _refuse_partial_fits(self:SparsifyCallback):
-    "Raise `ValueError` for fits that train only some epochs or some layers."
+def _refuse_what_cannot_be(self:SparsifyCallback):
+    "Raise `ValueError` for fits that train only some epochs or some layers, and for loaders that cannot be rewound."
+    loader = self.learn.dls.train
+    if self.lth and getattr(getattr(loader, 'fake_l', loader), 'persistent_workers', False):
+        raise ValueError("the training loader has persistent_workers=True, whose generators cannot be put back: make it without")
     if getattr(getattr(self.learn, 'skip_to_epoch', None), '_skip_to', 0):
         raise ValueError('fit(start_epoch=…) skips epochs that the plan needs: give the fit all its epochs, or start the callback with start_epoch=')
     frozen = [n for n, note in prunable(self.learn.model, self.layers, self.ignore).notes.items() if note.startswith('frozen')]
@@ -447,10 +450,23 @@ def _round_epochs(self:SparsifyCallback):
     end = self._todo[0][0][0]//self._n_batches if self._todo else self.learn.n_epoch
     return position + end - began
 
+class _Watched(GetAttr):
+    "A loader that notes where the generators stand before it loads each batch: that is where a point inside an epoch goes back to."
+    _default = 'loader'
+    def __init__(self, loader, callback): self.loader, self.callback = loader, callback
+    def __len__(self): return len(self.loader)
+    def __iter__(self):
+        batches, end = iter(self.loader), object()
+        while True:
+            if self.callback._reached(): self.callback._before_loading = RandomState.take([self.callback.learn.dls.train])
+            if (batch := next(batches, end)) is end: return
+            yield batch
+
 @patch
 def before_train(self:SparsifyCallback):
     "Pass over the batches already seen, and start the round's part of the schedule."
     if self._resumes: self.learn.dl, self._resumes = Resume(self.learn.dl, self.rewind_point), False
+    elif self._todo and self.rewind_point is None: self.learn.dl = _Watched(self.learn.dl, self)
     if n_epochs := self._round_epochs():
         self._pct = self._position.epoch/n_epochs
         for _ in range(self._position.batch): self._pct += 1./(self._n_batches*n_epochs)  # as the first pass added it up
@@ -460,7 +476,6 @@ def before_train(self:SparsifyCallback):
 def after_batch(self:SparsifyCallback):
     "Count the batch, and advance the round's part of the schedule."
     self._position = replace(self._position, batch=self._position.batch + 1)
-    if self._todo and self._reached(): self._before_loading = RandomState.take([self.learn.dls.train])
     if n_epochs := self._round_epochs():
         self._pct += 1./(self._n_batches*n_epochs)
         self.learn.pct_train = self._pct

@@ -45,7 +45,8 @@ def loader_generator(
     "The generator a data loader draws its order from: torch's `generator`, fastai's `rng`, or a generator itself."
     while type(loader).__name__ == 'DistributedDL': loader = loader.dl  # fastai's, which has the order drawn by the loader inside
     if isinstance(loader, (torch.Generator, random.Random, np.random.Generator)): return loader
-    return next((g for g in (getattr(loader, a, None) for a in ('generator', 'rng')) if g is not None), None)
+    own = getattr(loader, '__dict__', {})  # not getattr: fastai's loaders pass on what their data set has
+    return own.get('generator') or own.get('rng')
 
 def _get_state(g):
     if isinstance(g, torch.Generator): return g.get_state()

@@ -60,9 +60,10 @@ def test_bit_for_bit_with_torchs_loader(point, kind, workers, seeded):
 
 
 @pytest.mark.parametrize('seeded', [False, True], ids=['unseeded', 'seeded'])
-def test_bit_for_bit_with_persistent_workers(seeded):
-    "Workers that outlive an epoch have generators of their own, in other processes."
-    there_and_back('epoch 1', [Seeded(7)] if seeded else [], dls=small_dls(workers=2, noise=True, kind='torch', persistent_workers=True))
+def test_persistent_workers_are_refused(seeded):
+    "Workers that outlive an epoch have generators of their own, in other processes: refused."
+    with pytest.raises(ValueError, match='persistent_workers'):
+        there_and_back('epoch 1', [Seeded(7)] if seeded else [], dls=small_dls(workers=2, noise=True, kind='torch', persistent_workers=True))
 
 
 @pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), partial(OptimWrapper, opt=torch.optim.AdamW), partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)],
@@ -231,6 +232,26 @@ def test_two_plus_two_epochs_are_four(between, tmp_path):
         ends.append((watch.losses, watch.inputs, tensors_of(learn.model), opt_stats(learn.opt)))
         assert seeded.epochs_done == 4 and len(watch.losses) == 4*N_BATCHES
     for a, b in zip(*ends): assert same(a, b)
+
+
+@pytest.mark.parametrize('event', ['after_batch', 'after_train', 'after_epoch'])
+def test_looking_inside_an_epoch_does_not_count_as_one(event):
+    learn, seeded, seen = small_learner(), Seeded(4), []
+    class Validates(Callback):
+        busy = False
+        def _look(self):
+            if self.busy: return
+            self.busy = True
+            self.learn.validate()
+            self.busy = False
+            self.learn.model.train()
+            self.learn.training = event == 'after_batch'
+    setattr(Validates, event, Validates._look)
+    class Look(Callback):
+        order = 5
+        def before_train(self): seen.append(seeded.epochs_done)
+    learn.fit(3, 1e-2, cbs=[seeded, Validates(), Look()])
+    assert seen == [0, 1, 2] and seeded.epochs_done == 3
 
 
 @pytest.mark.parametrize('k', [0, 1])

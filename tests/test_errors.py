@@ -90,6 +90,17 @@ def test_what_is_bound_to_empty_a_layer(kwargs):
     refused('to nothing', 'weight', start_epoch=2, lth=True, schedule=one_shot, **kwargs)
 
 
+def test_two_names_for_one_argument():
+    with pytest.raises(ValueError, match="context='local' and method='global'"): SparsifyCallback(50, context='local', method='global')
+    assert SparsifyCallback(50, method='local').context == SparsifyCallback(50, context='local', method='local').context == 'local'
+
+
+def test_holding_what_is_no_sparsifier():
+    learn = small_learner()
+    for wrong in (Sparsifier(learn.model).mask, learn.model, None):
+        with pytest.raises(ValueError, match='sparsifier is a'): MaskCallback(wrong)
+
+
 def test_rewinding_without_lth():
     refused('lth=True', 'reset_end', rewind_epoch=1, start_epoch=2)
     refused('lth=True', 'reset_end', rewind_step=3, start_epoch=2)
@@ -316,6 +327,17 @@ def test_cancelled_parts_of_a_fit(epoch, exception, plan):
     assert n_zeros(sp_cb) == 88
 
 
+@pytest.mark.parametrize('cut_short', [lambda: RaiseAt(CancelFitException(), 5), lambda: ShortEpochCallback(.25, short_valid=False)], ids=['cancelled', 'short epochs'])
+def test_a_plan_that_was_not_carried_out_is_said(cut_short):
+    "A fit that ends before its last pruning does not pass for a finished one."
+    sp_cb = SparsifyCallback(50, start_epoch=2, schedule=lin)
+    with pytest.warns(UserWarning, match='prunings to go'): small_learner().fit(8, 1e-2, cbs=[sp_cb, cut_short()])
+    assert n_zeros(sp_cb) < 88
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        small_learner().fit(8, 1e-2, cbs=SparsifyCallback(50, start_epoch=2, schedule=lin))
+
+
 def test_reset_starts_anew():
     make = lambda: SparsifyCallback(50, start_epoch=2, lth=True)
     learn, sp_cb = small_learner(), make()
@@ -382,15 +404,15 @@ def test_looking_changes_nothing(look, kwargs, tmp_path):
     assert same(tensors_of(learn.model), tensors_of(other.model)) and sp_cb.mask == other_cb.mask
 
 
-@pytest.mark.parametrize('look', LOOKS.values(), ids=LOOKS)
-def test_looking_after_an_interrupted_fit(look, tmp_path):
-    sp_cb = SparsifyCallback(50, start_epoch=2, lth=True)
-    learn = small_learner(path=tmp_path)
-    interrupt(learn, sp_cb, KeyboardInterrupt(), on_learner=True)
-    was = tensors_of(learn.model)
-    look(learn)
-    assert same(tensors_of(learn.model), was)
-    learn.fit(8, 1e-2)
+@pytest.mark.parametrize('look, exception', [(look, 'keyboard') for look in LOOKS] + [('validate', 'cancel'), ('validate', 'error')])
+def test_looking_after_an_interrupted_fit(look, exception, tmp_path):
+    sp_cb, seeded = SparsifyCallback(50, start_epoch=2, lth=True), Seeded(3)
+    learn = small_learner(path=tmp_path, cbs=seeded)
+    interrupt(learn, sp_cb, EXCEPTIONS[exception](), on_learner=True)
+    was, done = tensors_of(learn.model), seeded.epochs_done
+    LOOKS[look](learn)
+    assert same(tensors_of(learn.model), was) and seeded.epochs_done == done
+    learn.fit(5, 1e-2)
     assert n_zeros(sp_cb) == 88
 
 
