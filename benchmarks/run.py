@@ -4,7 +4,6 @@
     .venv/bin/python benchmarks/run.py prune    # one part: prune, memory, hold or epoch; its last result is replaced
 """
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -107,8 +106,8 @@ def bench_hold():
 def epoch_learner(kind):
     "A learner on all of Imagenette at 64 px: plain fastai from JPEGs, or from the cache; with or without the CPU callback."
     from fastai.vision.all import ImageDataLoaders, Learner, Resize
-    from lth_nb.data import FastCPU, imagenette_dls
-    path = os.environ['LTH_NB_IMAGENETTE']
+    from lth_nb.data import FastCPU, imagenette_dls, imagenette_path
+    path = imagenette_path()
     if kind == 'fastai': dls = ImageDataLoaders.from_folder(path, train='train', valid='val', item_tfms=Resize(64), bs=64, num_workers=2)
     else: dls = imagenette_dls(size=64, bs=64, path=path)
     return Learner(dls, resnet18(num_classes=10), cbs=[FastCPU()] if kind == 'cache, FastCPU' else [])
@@ -148,7 +147,7 @@ def write(results):
              'Machines are noisy: read the ratios.\n']
     if 'prune' in results:
         parts.append('## One global pruning to 50 %\n\n*The mask* finds the exact mask; *mask and model* also applies it and keeps the values that were cut. The others do both as they are documented.\n')
-        parts += [table(name, times, 'lth_nb, the mask') for name, times in results['prune'].items()]
+        parts += [table(name, times, 'lth_nb, mask and model') for name, times in results['prune'].items()]
     if r := results.get('memory'):
         parts.append(f'### 500 million weights\n\n{r["n_cut"]:,} cut in {r["seconds"]:.1f} s; peak memory beyond weights and masks {r["extra_bytes"]/1e6:.0f} MB, {100*r["share"]:.1f} % of the weights.\n')
     if 'hold' in results:
@@ -165,9 +164,8 @@ def main(names):
     benches = dict(prune=bench_prune, memory=bench_memory, hold=bench_hold, epoch=bench_epoch)
     file = HERE/'results.json'
     results = json.loads(file.read_text()) if file.exists() else {}
-    results['machine'] = machine()
     for name in names or benches:
-        results[name] = benches[name]()
+        results[name], results['machine'] = benches[name](), machine()
         file.write_text(json.dumps(results, indent=1))
         write(results)
 

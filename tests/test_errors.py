@@ -320,10 +320,15 @@ def test_cancelled_parts_of_a_fit(epoch, exception, plan):
     event = {CancelBackwardException: 'before_backward', CancelStepException: 'before_step'}.get(exception, 'before_batch')
     learn, sp_cb, watch = small_learner(), SparsifyCallback(50, start_epoch=2, **plan), Losses()
     if 'rewind_step' in plan and epoch == 0: sp_cb = SparsifyCallback(50, start_epoch=2, lth=True, rewind_step=5)
-    learn.fit(8, 1e-2, cbs=[sp_cb, watch, RaiseAt(exception(), epoch, event=event)])
+    spy = Spy(sp_cb, 56)
+    learn.fit(8, 1e-2, cbs=[sp_cb, watch, spy, RaiseAt(exception(), epoch, event=event)])
     whole = {e: sum(b[0] == e for b in watch.batches) for e in range(8)}
     rewound = [] if 'rewind_step' not in plan else [2, 4, 6]
     assert all(whole[e] == N_BATCHES for e in range(8) if e != epoch and e not in rewound), whole
+    inside = sp_cb.rewind_point.position if rewound else Position()
+    assert [spy.seen[e]['position'].batch for e in range(8)] == [inside.batch if e in rewound else 0 for e in range(8)]
+    came = list(range(9)) if 'schedule' in plan else [0, 1] + [inside.epoch, inside.epoch + 1]*3 + [inside.epoch + 2]
+    assert [spy.seen[e]['position'].epoch for e in range(8)] + [sp_cb.position.epoch] == came
     assert n_zeros(sp_cb) == 88
 
 

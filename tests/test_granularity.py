@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torchvision.models import resnet18
 
-from helpers_core import assert_held, device, quick  # noqa: F401
+from helpers_core import assert_held, device, quick, seeded  # noqa: F401
 from lth_nb import granularity as gran
 from lth_nb.granularity import layout, units
 from lth_nb.sparsifier import Sparsifier

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from helpers_core import assert_held, conv_net, device, equal, images, n_cut, quick, train_step  # noqa: F401
+from helpers_core import assert_held, conv_net, device, equal, images, n_cut, quick, seeded, train_step  # noqa: F401
 from lth_nb.mask import Mask, n_to_cut
 from lth_nb.rewind import named_tensors, unwrap
 from lth_nb.schedule import geometric, iterative
@@ -482,7 +482,7 @@ def test_a_tied_weight_counts_once_and_is_held_under_both_names():
     for layers, names in ((None, ['body.weight', 'head.weight']), ([nn.Embedding, nn.Linear], ['embed.weight', 'body.weight'])):
         model = Tied()
         sgd = torch.optim.SGD(model.parameters(), .1, momentum=.9)
-        sp = Sparsifier(model, layers=layers).attach(sgd, copies=[copy.deepcopy(model)])
+        sp = Sparsifier(model, layers=layers, allow_empty=True).attach(sgd, copies=[copy.deepcopy(model)])
         assert list(sp.mask) == names and sp.mask.n_total == 28 + 16
         if layers: assert 'tied to embed.weight' in sp.report().notes['head.weight']
         point = sp.take()
