@@ -39,6 +39,7 @@ def _in_training_fit(learn):
     while frame and frame.f_code is not Learner.__call__.__code__: frame = frame.f_back
     return frame is not None and frame.f_back.f_code is Learner._with_events.__code__  # others send events by themselves
 
+# %% ../nbs/api/07_callback.ipynb #d0efbea2
 class MaskCallback(Callback):
     "Hold a sparsifier's mask through a fit, and show the sparsity in its table."
     run_valid = False
@@ -350,6 +351,7 @@ def _refuse_what_cannot_be(self:SparsifyCallback):
     if frozen and getattr(self.learn.opt, 'frozen_idx', 0):
         raise ValueError(f'the learner is frozen, and {frozen[0]} with it (fine_tune begins like this): fit the head first, unfreeze, then give the callback to fit')
 
+# %% ../nbs/api/07_callback.ipynb #e7de69e3
 @patch
 def _one_batch(self:SparsifyCallback):
     "One input of the model, drawn without any generator noticing."
@@ -375,6 +377,7 @@ def before_batch(self:SparsifyCallback):
     if self._position.batch: self._take_if_reached()
     self._prune_if_due(self.learn.epoch*self._n_batches + self.learn.iter)
 
+# %% ../nbs/api/07_callback.ipynb #d52484f2
 @patch
 def _prune_if_due(self:SparsifyCallback, batch):
     "Carry out what the plan has for this batch: prune and, for a ticket, rewind, as one event."
@@ -450,6 +453,7 @@ def _round_epochs(self:SparsifyCallback):
     end = self._todo[0][0][0]//self._n_batches if self._todo else self.learn.n_epoch
     return position + end - began
 
+# %% ../nbs/api/07_callback.ipynb #c68936bc
 class _Watched(GetAttr):
     "A loader that notes where the generators stand before it loads each batch: that is where a point inside an epoch goes back to."
     _default = 'loader'
@@ -472,6 +476,7 @@ def before_train(self:SparsifyCallback):
         for _ in range(self._position.batch): self._pct += 1./(self._n_batches*n_epochs)  # as the first pass added it up
         self.learn.pct_train = self._pct
 
+# %% ../nbs/api/07_callback.ipynb #cfcae4f8
 @patch
 def after_batch(self:SparsifyCallback):
     "Count the batch, and advance the round's part of the schedule."

@@ -256,6 +256,7 @@ def refuse_empty(
     raise ValueError(f'a sparsity of {asked} would cut {name} to nothing: ask for less, spare it by ignore= or rates=, '
                      "let each layer keep its share by context='local', or allow it by allow_empty=True")
 
+# %% ../nbs/api/05_sparsifier.ipynb #2dc35336
 @patch
 @torch.no_grad()
 def next_mask(self:Sparsifier,
@@ -323,6 +324,7 @@ def _check_rewind(self:Sparsifier, point, optimizer):
     if not isinstance(point, RewindPoint): raise ValueError(f'rewind_to is a {type(point).__name__}: give a rewind point, from take()')
     point.check(self.model, self.optimizer, optimizer, self.copies, self.others, self.loaders)
 
+# %% ../nbs/api/05_sparsifier.ipynb #185dbbf6
 @patch
 @torch.no_grad()
 def _cut_to(self:Sparsifier, sparsity):
@@ -425,6 +427,7 @@ def attach(self:Sparsifier,
     self._handles.append(optimizer.register_step_post_hook(lambda *_: self.hold()))
     return self.connect(optimizer, copies, others, loaders)
 
+# %% ../nbs/api/05_sparsifier.ipynb #4d8acf57
 @patch
 def detach(self:Sparsifier):
     "Take the hooks off again; the mask stays as it is."
