@@ -158,9 +158,13 @@ class Seeded(Callback):
         set_generators(self.seed, self.epochs_done, self.learn.dls.train)
         self._began = True
 
-    def after_epoch(self):
-        "Count the epoch, whether it was whole or cut short."
+    def after_train(self):
+        "Count the epoch."
         self.epochs_done, self._began = self.epochs_done + self._began, False
+
+    def after_cancel_epoch(self):
+        "Count an epoch whose training was cut short, too."
+        self.after_train()
 
 # %% ../nbs/api/07_callback.ipynb #0f6c6e0d
 class SparsifyCallback(MaskCallback):
