@@ -154,9 +154,8 @@ class Seeded(Callback):
 
     def before_train(self):
         "Set the generators."
-        if hasattr(self.learn, 'lr_finder'): return
-        set_generators(self.seed, self.epochs_done, self.learn.dls.train)
-        self._began = True
+        self._began = not hasattr(self.learn, 'lr_finder')
+        if self._began: set_generators(self.seed, self.epochs_done, self.learn.dls.train)
 
     def after_train(self):
         "Count the epoch."

@@ -136,7 +136,7 @@ class Spy(Callback):
 
 class Losses(Callback):
     "Note the loss and the inputs of each training batch."
-    order, run_valid = 200, False
+    order, run_valid, name = 200, False, 'watched' # as `learn.losses` it would be in the way of fastai's own
     def __init__(self): self.losses, self.inputs, self.batches = [], [], []
     def after_pred(self): self.inputs.append(self.learn.xb[0].clone())
     def after_loss(self):

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos, fit_flat_cos, fit_one_cycle
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
@@ -15,11 +15,10 @@ from fastai.learner import ValueMetric
 from fastai.optimizer import Adam, OptimWrapper, RMSProp, SGD
 from torch import nn
 
-from helpers_fastai import (N_BATCHES, ConvNet, CpuMixedPrecision, Losses, SkipSteps, Spy, Steps, different, is_empty, is_masked, n_zeros,
-                            opt_stats, same, small_dls, small_learner, small_model, tensors_of, weights_of)
+from helpers_fastai import (N_BATCHES, ConvNet, CpuMixedPrecision, SkipSteps, Spy, Steps, different, is_empty, is_masked, n_zeros,
+                            same, small_dls, small_learner, small_model, tensors_of, weights_of)
 from lth_nb.callback import MaskCallback, Seeded, SparsifyCallback
 from lth_nb.criteria import large_final
-from lth_nb.mask import Mask
 from lth_nb.rewind import Position, RewindPoint
 from lth_nb.schedule import agp, cos, dsd, geometric, iterative, lin, one_cycle, one_shot
 from lth_nb.sparsifier import Sparsifier
@@ -44,8 +43,7 @@ def blog_fit(sp_cb, n_epoch=20, cbs=(), **kwargs):
 
 # 1. The blog's lines
 
-@pytest.mark.parametrize('k', [0, 1, 5])
-@pytest.mark.parametrize('form', [positional, keywords, context])
+@pytest.mark.parametrize('form, k', [(positional, 0), (positional, 1), (positional, 5), (keywords, 1), (context, 0)])
 def test_blog_rewinds_to_the_bit(form, k):
     sp_cb = form(rewind_epoch=k)
     learn, before, after = blog_fit(sp_cb)

@@ -1,6 +1,5 @@
 "Going back inside fastai: what comes after a rewind with a full mask repeats, to the last bit, what came the first time."
 import random
-import warnings
 from copy import deepcopy
 from functools import partial
 
@@ -11,13 +10,11 @@ import torch.utils.data
 from fastai.callback.core import Callback
 from fastai.callback.schedule import fit_one_cycle
 from fastai.callback.training import GradientAccumulation
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
-from fastai.optimizer import Adam, OptimWrapper, SGD
+from fastai.optimizer import OptimWrapper, SGD
 from torch import nn
 
-from helpers_fastai import (BATCH_SIZE, N_BATCHES, CpuMixedPrecision, Everything, Items, Losses, RaiseAt, SkipSteps, Spy, Steps, different, generators_kept,
-                            n_zeros, opt_stats, same, small_dls, small_learner, tensors_of)
+from helpers_fastai import (BATCH_SIZE, N_BATCHES, CpuMixedPrecision, Everything, Items, Losses, Spy, Steps, different, generators_kept,
+                            opt_stats, same, small_dls, small_learner, tensors_of)
 from lth_nb.callback import Seeded, SparsifyCallback
 from lth_nb.rewind import Position, RandomState, RewindPoint
 from lth_nb.schedule import iterative, one_shot
@@ -26,7 +23,7 @@ POINTS = {'start': {}, 'epoch 1': dict(rewind_epoch=1), 'step 3': dict(rewind_st
           'step 5': dict(rewind_step=5)}
 WHERE = {'start': 0, 'epoch 1': 4, 'step 3': 3, 'a quarter': 1, 'epoch 1.5': 6, 'step 5': 5} # in steps
 
-def there_and_back(point, cbs=(), fit='fit', start=2, check_inputs=True, **kwargs):
+def there_and_back(point, cbs=(), fit='fit', start=2, **kwargs):
     "Train two epochs, go back to a point with nothing cut, train to the same position again; all must repeat."
     learn = small_learner(**{'model': Everything, **kwargs})
     sp_cb = SparsifyCallback(0, schedule=one_shot, start_epoch=start, lth=True, optimizer='restore', **POINTS[point])

@@ -7,21 +7,17 @@ from copy import deepcopy
 from functools import partial
 
 import fastai.callback.hook # Learner.summary
-import numpy as np
 import pytest
 import torch
 from fastai.callback.core import (Callback, CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException,
                                   CancelTrainException, FetchPredsCallback)
-from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import fine_tune, fit_one_cycle, lr_find
-from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import Datasets
-from fastai.optimizer import params as params_of
 from torch import nn
 
-from helpers_fastai import (BATCH_SIZE, N_BATCHES, ConvNet, Everything, Items, Losses, RaiseAt, SkipSteps, Spy, Steps, TakeTurns, different, generators_kept,
-                            is_masked, n_zeros, new_turn, opt_stats, same, small_dls, small_learner, small_model, tensors_of)
+from helpers_fastai import (BATCH_SIZE, N_BATCHES, ConvNet, Everything, Items, Losses, RaiseAt, SkipSteps, Spy, Steps, TakeTurns, generators_kept,
+                            n_zeros, new_turn, opt_stats, same, small_dls, small_learner, tensors_of)
 from lth_nb.callback import MaskCallback, Seeded, SparsifyCallback
 from lth_nb.rewind import Position
 from lth_nb.schedule import agp, cos, dsd, geometric, iterative, lin, one_cycle, one_shot

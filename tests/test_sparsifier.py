@@ -440,15 +440,15 @@ def test_less_sparsity_brings_back_the_best(granularity, context, device):
             model(x).square().mean().backward()
             adam.step()
     last = {n: w.detach().abs().clone() for n, w in sp.weights.items()}
-    for sparsity in (40, 80):
+    for sparsity in (60, 80):
         train(3)
         for n, w in sp.weights.items(): last[n] = torch.where(sp.mask[n], w.detach().abs(), last[n])
         sp.prune(sparsity)
     before = sp.mask
     train(3)
-    sp.prune(50)
+    sp.prune(30)  # some of both rounds come back
     sizes = {sp.units[n].unit_size for n in sp.weights}
-    if context == 'global': assert n_to_cut(900, 50) - max(sizes) < n_cut(sp.mask) <= n_to_cut(900, 50)
+    if context == 'global': assert n_to_cut(900, 30) - max(sizes) < n_cut(sp.mask) <= n_to_cut(900, 30)
     groups = [list(sp.weights)] if context == 'global' else [[n] for n in sp.weights]
     for names in groups:
         back = torch.cat([sp.units[n].reduce(last[n])[sp.units[n].reduce((sp.mask[n] & ~before[n]).float()) == 1] for n in names])
