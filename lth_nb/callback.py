@@ -27,7 +27,7 @@ from fastcore.basics import GetAttr, patch, store_attr
 from .criteria import get_criterion, large_final
 from .granularity import check_granularity, has_followers
 from .mask import Mask, check_sparsity, n_to_cut
-from .rewind import Position, RandomState, Resume, RewindPoint, check_optimizer_choice, loader_generator, unwrap
+from .rewind import Position, RandomState, Resume, RewindPoint, check_loaders, check_optimizer_choice, loader_generator, unwrap
 from .schedule import Plan, Schedule, iterative
 from .sparsifier import Report, Sparsifier, per_name, prunable, refuse_empty
 
@@ -345,9 +345,7 @@ def _begin(self:SparsifyCallback):
 @patch
 def _refuse_what_cannot_be(self:SparsifyCallback):
     "Raise `ValueError` for fits that train only some epochs or some layers, and for loaders that cannot be rewound."
-    loader = self.learn.dls.train
-    if self.lth and getattr(getattr(loader, 'fake_l', loader), 'persistent_workers', False):
-        raise ValueError("the training loader has persistent_workers=True, whose generators cannot be put back: make it without")
+    if self.lth or self.reset_end: check_loaders([self.learn.dls.train])
     if getattr(getattr(self.learn, 'skip_to_epoch', None), '_skip_to', 0):
         raise ValueError('fit(start_epoch=…) skips epochs that the plan needs: give the fit all its epochs, or start the callback with start_epoch=')
     frozen = [n for n, note in prunable(self.learn.model, self.layers, self.ignore).notes.items() if note.startswith('frozen')]

@@ -90,11 +90,11 @@ def _parts(
 # %% ../nbs/api/02_mask.ipynb #7d5b5aca
 def _places(flags):
     "Where the flags are True, in order."
-    return flags.nonzero().squeeze(1) if flags.is_cuda else torch.from_numpy(np.flatnonzero(flags.numpy()))
+    return torch.from_numpy(np.flatnonzero(flags.numpy())) if flags.device.type == 'cpu' else flags.nonzero().squeeze(1)
 
 def _pick(values, flags):
     "The values whose flag is True, in order."
-    return values[flags] if flags.is_cuda else torch.from_numpy(values.numpy()[np.flatnonzero(flags.numpy())])
+    return torch.from_numpy(values.numpy()[np.flatnonzero(flags.numpy())]) if flags.device.type == 'cpu' else values[flags]
 
 # %% ../nbs/api/02_mask.ipynb #475e614c
 def _digit_counts(

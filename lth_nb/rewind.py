@@ -6,7 +6,7 @@ Docs: https://lth-nb.github.io/lth_nb/api/rewind.html.md"""
 
 # %% auto #0
 __all__ = ['unwrap', 'named_tensors', 'loader_generator', 'RandomState', 'check_optimizer_choice', 'restore_optimizer',
-           'Position', 'ModelState', 'RewindPoint', 'Resume']
+           'Position', 'ModelState', 'RewindPoint', 'check_loaders', 'Resume']
 
 # %% ../nbs/api/04_rewind.ipynb #3c90345f
 import random
@@ -161,6 +161,13 @@ class RewindPoint:
     def __repr__(self): return f'RewindPoint(step {self.position.steps}, epoch {self.position.epoch}, batch {self.position.batch}, {len(self.tensors)} tensors)'
 
 # %% ../nbs/api/04_rewind.ipynb #d7e01d0c
+def check_loaders(
+    loaders:Sequence, # data loaders that shall be rewound
+):
+    "Raise `ValueError` if one has workers that live on from epoch to epoch, with generators out of reach."
+    if any(getattr(getattr(l, 'fake_l', l), 'persistent_workers', False) for l in loaders):
+        raise ValueError('a data loader has persistent_workers=True, whose generators cannot be put back: make it without')
+
 @patch(cls_method=True)
 def take(cls:RewindPoint,
     model:nn.Module, # perhaps wrapped
@@ -172,6 +179,7 @@ def take(cls:RewindPoint,
     epoch_start:RandomState|None=None, # inside an epoch: the generators when it began
 )->RewindPoint: # the state, copied
     "Copy the whole training state."
+    check_loaders(loaders)
     return cls(ModelState.take(model), tuple((ModelState.take(c), deepcopy(getattr(c, 'n_averaged', None))) for c in copies),
                None if optimizer is None else deepcopy(optimizer.state_dict()), tuple(deepcopy(o.state_dict()) for o in others),
                RandomState.take(loaders), epoch_start, position)

@@ -290,7 +290,7 @@ def _agreed(choose, device):
     if not _distributed(): return choose()
     mask = error = None
     try: mask = choose()
-    except ValueError as e: error = e
+    except Exception as e: error = e  # whatever it is, the other ranks must hear of it
     def _any(flag):
         flag = torch.tensor([bool(flag)], dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -312,7 +312,8 @@ def prune(self:Sparsifier,
     optimizer:str='fresh', # with `rewind_to`: what becomes of the optimizer's state
 )->Sparsifier: # itself
     "Cut the lowest weights, down to `sparsity` percent."
-    if not isinstance(sparsity, Mapping): check_sparsity(sparsity)
+    for name, s in sparsity.items() if isinstance(sparsity, Mapping) else [(None, sparsity)]:
+        check_sparsity(s, 'sparsity' if name is None else f'sparsity[{name!r}]')
     if rewind_to is not None: self._check_rewind(rewind_to, optimizer)
     self._cut_to(sparsity)
     if rewind_to is not None: self.rewind(rewind_to, optimizer)
@@ -395,7 +396,7 @@ def hold_gradients(self:Sparsifier,
         if bits is None or grad is None: continue
         if grad.is_sparse:
             grad = self.tensors[n].grad = grad.coalesce()
-            for row, values in zip(grad.indices()[0], grad.values()): hold_bits(values, bits[row])
+            hold_bits(grad.values(), bits[grad.indices()[0]])
         else: hold_bits(grad, bits)
 
 # %% ../nbs/api/05_sparsifier.ipynb #656254a1

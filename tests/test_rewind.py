@@ -208,6 +208,20 @@ def test_a_loader_without_a_generator_follows_torchs(device, n_workers, field, m
         assert equal(first, second) == (field is None)
 
 
+def test_workers_that_live_on_are_rewound_or_refused():
+    "With `persistent_workers` each worker has generators that go on from epoch to epoch, where nobody can put them back."
+    loader = DataLoader(Augmented(), 4, shuffle=True, generator=torch.Generator().manual_seed(2), num_workers=2, persistent_workers=True)
+    model = nn.Linear(2, 2)
+    list(loader)
+    try: point = RewindPoint.take(model, loaders=[loader])
+    except ValueError as e:
+        assert 'persistent_workers' in str(e)
+        return
+    first = list(loader)
+    point.restore(model, loaders=[loader])
+    assert equal(first, list(loader))
+
+
 @pytest.mark.parametrize('place', PLACES)
 def test_a_sparsifier_with_a_full_mask_is_no_hindrance(device, place):
     "Through `take` and `rewind`, with its hooks on."
