@@ -6,8 +6,7 @@ Docs: https://lth-nb.github.io/lth_nb/api/data.html.md"""
 
 # %% auto #0
 __all__ = ['IMAGENETTE', 'ImageArray', 'PlainTensor', 'ArrayDL', 'mirrored', 'array_dls', 'digits_dls', 'imagenette_path',
-           'imagenette_names', 'square_image', 'cache_folder', 'Decoded', 'decode_once', 'balanced', 'imagenette_dls',
-           'native_bf16', 'channels_last_weights', 'FastCPU']
+           'imagenette_names', 'square_image', 'cache_folder', 'Decoded', 'decode_once', 'balanced', 'imagenette_dls']
 
 # %% ../nbs/api/08_data.ipynb #58f1a68c
 import json
@@ -17,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +26,11 @@ from pathlib import Path
 # %% ../nbs/api/08_data.ipynb #e8befe77
 import numpy as np
 import torch
-from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, Normalize
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorImageBW, apply, default_device
+from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorImageBW, default_device
 from fastai.vision.core import imagenet_stats
 from fastcore.basics import chunked, patch
 from fasttransform import Transform
@@ -41,7 +39,7 @@ from PIL import Image
 from platformdirs import user_cache_path
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import functional as F
 
 # %% ../nbs/api/08_data.ipynb #f1fe6883
@@ -341,83 +339,3 @@ def imagenette_dls(
     images, vocab = decode_once(path, names, size, cache), CategoryMap(list(IMAGENETTE.values()), sort=False)
     train, valid = (ImageArray(images, labels, vocab, r, i, flip and i == 0, load=partial(square_image, size=size)) for i, r in enumerate(rows))
     return array_dls(train, valid, *imagenet_stats, bs=bs, num_workers=num_workers, device=device)
-
-# %% ../nbs/api/08_data.ipynb #055f62f7
-def native_bf16()->bool:
-    "Has this processor instructions for bfloat16, and PyTorch the library that uses them?"
-    capabilities = getattr(torch.cpu, 'get_capabilities', dict)() # newer PyTorch, which also knows ARM
-    known = any(capabilities.get(o) for o in ('avx512_bf16', 'amx_bf16', 'bf16', 'sve_bf16'))
-    return torch.backends.mkldnn.is_available() and (known or getattr(torch.cpu, '_is_avx512_bf16_supported', bool)())
-
-# %% ../nbs/api/08_data.ipynb #4156c19e
-def _reorder(weights, memory_format):
-    for p in weights:
-        p.data = p.data.contiguous(memory_format=memory_format)
-        if p.grad is not None: p.grad = p.grad.contiguous(memory_format=memory_format)
-
-@contextmanager
-def channels_last_weights(
-    model:nn.Module, # its parameters stay the same objects
-):
-    "Keep the weights of 2d convolutions, and their gradients, in channels-last order inside a `with`."
-    weights = [p for p in model.parameters() if p.dim() == 4 and p.is_contiguous() and not p.is_contiguous(memory_format=torch.channels_last)]
-    try:
-        _reorder(weights, torch.channels_last)
-        yield
-    finally: _reorder(weights, torch.contiguous_format)
-
-# %% ../nbs/api/08_data.ipynb #913eb0dd
-class FastCPU(Callback):
-    "Compute in bfloat16 and with channels-last memory on the CPU, in training and validation"
-    order = -9 # right after fastai's own TrainEvalCallback: all others see float32 predictions
-    _inside = dict(_do_fit='_memory', _do_epoch_validate='_memory', _do_one_batch='_precision')
-
-    def __init__(self,
-        bf16:bool=None, # compute in bfloat16? None: where `native_bf16()` says so; True works everywhere, but slowly without the instructions
-        channels_last:bool=True, # keep the channels of a pixel side by side in memory?
-    ):
-        for name, value, allowed in (('bf16', bf16, (None, True, False)), ('channels_last', channels_last, (True, False))):
-            if not any(value is o for o in allowed): raise ValueError(f'{name}={value!r}: must be one of {allowed}')
-        self.bf16, self.channels_last = native_bf16() if bf16 is None else bf16, channels_last
-
-    def before_fit(self):
-        "Refuse a GPU, which has its own way."
-        device = next(self.model.parameters()).device
-        if device.type != 'cpu': raise ValueError(f'FastCPU is for the CPU and the model is on {device}: use learn.to_bf16() there')
-
-    def after_pred(self):
-        "End the bfloat16 part, and hand on float32 predictions."
-        self._network_call.close()
-        if self.bf16: self.learn.pred = apply(_float32, self.pred)
-
-def _float32(o): return o.float() if isinstance(o, Tensor) and o.dtype == torch.bfloat16 else o
-
-# %% ../nbs/api/08_data.ipynb #2a885aba
-@patch
-def _memory(self:FastCPU): return channels_last_weights(self.learn.model) if self.channels_last else nullcontext()
-
-@patch
-@contextmanager
-def _precision(self:FastCPU):
-    "Compute one batch: bfloat16 from here to `after_pred`, or to wherever it ends."
-    if self.channels_last:
-        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x for x in self.xb)
-    with ExitStack() as self._network_call:
-        if self.bf16: self._network_call.enter_context(torch.autocast('cpu', torch.bfloat16))
-        yield
-
-@patch
-def _within(self:FastCPU, name, method, *args, **kwargs):
-    "Call a learner's method inside the context that `_inside` names for it."
-    with getattr(self, self._inside[name])() if self.run else nullcontext(): return method(*args, **kwargs)
-
-# %% ../nbs/api/08_data.ipynb #b08ac619
-def _attach(self, learn):
-    "Wrap the methods of the new learner, after unwrapping those of the old."
-    for name in self._inside if self.learn is not None else ():
-        wrapped = vars(self.learn).pop(name)
-        if isinstance(wrapped.args[1], partial): vars(self.learn)[name] = wrapped.args[1] # another FastCPU was there before
-    vars(self)['_learn'] = learn
-    for name in self._inside if learn is not None else (): vars(learn)[name] = partial(self._within, name, getattr(learn, name))
-
-FastCPU.learn = property(lambda self: vars(self).get('_learn'), _attach)

@@ -78,14 +78,14 @@ def _parts(
     kept:Tensor|None, # bool for each unit: what was kept until now; None for all
     regrow:bool, # choose among what is cut, not among what is kept
     dtype:torch.dtype, # the common type all tensors are compared in
-): # (slice of the units, their keys, bool for each: may it be cut now? None for all)
+): # (keys of some units, bool for each: may it be cut now? None for all)
     "Go through the units of a tensor, part by part."
     if kept is None and regrow: return  # nothing of it can come back
     start = 0
     for part in scores.parts():
-        here = slice(start, start + len(part))
-        yield here, _key(part.to(dtype)), None if kept is None else kept[here] ^ regrow
-        start = here.stop
+        end = start + len(part)
+        yield _key(part.to(dtype)), None if kept is None else kept[start:end] ^ regrow
+        start = end
 
 # %% ../nbs/api/02_mask.ipynb #7d5b5aca
 def _places(flags):
@@ -101,17 +101,19 @@ def _digit_counts(
     keys, # iterator over keys
     shift:int, # where the digit stands: 16 and 0 for 32-bit keys
     prefix:int|None, # digits already found, as the key shifted to the right
-)->Tensor: # (65536,) how many keys have each digit; the first digit is counted from -32768
+    counts:Tensor, # (65536,) how many weights have each digit, added to; the first digit is counted from -32768
+    weight:int=1, # how much each key counts
+):
     "Count the 16-bit digits of keys."
-    counts = torch.zeros(65536, dtype=torch.long)
     for k in keys:
-        if prefix is not None: k = _pick(k, (k >> (shift + 16)) == prefix)
-        if k.numel() == 0: continue
-        digit = k >> shift
-        if prefix is not None: counts += torch.bincount(digit & 0xffff, minlength=65536).cpu()
-        elif digit.min() >= 0: counts[32768:] += torch.bincount(digit, minlength=32768).cpu()
-        else: counts += torch.bincount(digit + 32768, minlength=65536).cpu()
-    return counts
+        if prefix is not None:  # few are left
+            digit = (_pick(k, (k >> (shift + 16)) == prefix) >> shift) & 0xffff
+            counts.index_add_(0, digit.cpu(), torch.tensor(weight).expand(len(digit)))
+        elif k.numel():
+            digit, first = k >> shift, 32768
+            if digit.min() < 0: digit, first = digit + 32768, 0
+            found = torch.bincount(digit).cpu()
+            counts[first:first + len(found)].add_(found, alpha=weight)
 
 # %% ../nbs/api/02_mask.ipynb #3778d0d3
 def _refuse_nan(
@@ -137,8 +139,8 @@ def _threshold(
     for shift in range(width - 16, -1, -16):
         counts = torch.zeros(65536, dtype=torch.long)
         for n, s in scores.items():
-            keys = (key if may is None else _pick(key, may) for _, key, may in _parts(s, kept.get(n), regrow, dtype))
-            counts += _digit_counts(keys, shift, prefix) * s.unit_size
+            keys = (key if may is None else _pick(key, may) for key, may in _parts(s, kept.get(n), regrow, dtype))
+            _digit_counts(keys, shift, prefix, counts, s.unit_size)
         if prefix is None: _refuse_nan(scores, counts)
         cumulative = counts.cumsum(0)
         digit = int((cumulative <= budget).sum())
@@ -157,16 +159,17 @@ def _keep_rest(
     dtype:torch.dtype, # the type the scores are compared in
 ): # bool for each unit, True where it stays; and the budget that is left
     "Cut the candidates below the threshold, and those at it that come first."
-    stays = torch.ones(scores.n_units, dtype=torch.bool, device=scores.device) if kept is None or regrow else kept.clone()
-    for here, key, may in _parts(scores, kept, regrow, dtype):
+    if kept is None and regrow: return torch.ones(scores.n_units, dtype=torch.bool, device=scores.device), budget
+    stays = []
+    for key, may in _parts(scores, kept, regrow, dtype):
         stay = torch.zeros_like(key, dtype=torch.bool) if threshold is None else key >= threshold
         if threshold is not None and budget:
             ties = _places((key == threshold) if may is None else (key == threshold) & may)
             n = min(len(ties), budget // scores.unit_size)
             stay[ties[:n]] = False
             budget = budget - n*scores.unit_size if n == len(ties) else 0  # the next in order does not fit
-        stays[here] &= stay if may is None else stay | ~may
-    return stays, budget
+        stays.append(stay if may is None else stay | ~may if regrow else stay & may)
+    return torch.cat(stays), budget
 
 # %% ../nbs/api/02_mask.ipynb #9191ba52
 def cut_lowest(
@@ -283,3 +286,13 @@ def shuffled(self:Mask,
     g = torch.Generator().manual_seed(seed)
     shuffle = lambda t: t.flatten()[torch.randperm(t.numel(), generator=g).to(t.device)].view(t.shape)
     return Mask({n: shuffle(t) for n, t in self.items()})
+
+@patch
+def scattered(self:Mask,
+    seed:int, # the same seed gives the same positions
+)->Mask: # a mask with the same count in all
+    "Draw as many positions as are kept from all tensors together."
+    if self.followers: raise ValueError('a mask with followers cannot be scattered: its filters would lose what follows them')
+    g = torch.Generator().manual_seed(seed)
+    stays = cut_lowest({n: torch.rand(t.numel(), generator=g) for n, t in self.items()}, self.n_total - self.n_kept)
+    return Mask({n: stays[n].view(t.shape).to(t.device) for n, t in self.items()})

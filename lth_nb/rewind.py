@@ -39,15 +39,24 @@ def named_tensors(
     return {n.replace('_orig_mod.', ''): t for n, t in found.items()}
 
 # %% ../nbs/api/04_rewind.ipynb #2652bc89
+def _own(loader): return getattr(loader, '__dict__', {})  # not its attributes: fastai's loaders pass on what their data set has
+
+def _layers(loader):
+    "A loader, then the one inside it if it is a wrapper that keeps it as `loader`, like `Resume` below, and so on."
+    while loader is not None:
+        while type(loader).__name__ == 'DistributedDL': loader = loader.dl  # fastai's, which has the order drawn by the loader inside
+        yield loader
+        loader = _own(loader).get('loader')
+
 def loader_generator(
-    loader, # torch's or fastai's, also distributed; or a generator itself
+    loader, # torch's or fastai's, also distributed or wrapped; or a generator itself
 ):
     "The generator a data loader draws its order from: torch's `generator`, fastai's `rng`, or a generator itself."
-    while type(loader).__name__ == 'DistributedDL': loader = loader.dl  # fastai's, which has the order drawn by the loader inside
-    if isinstance(loader, (torch.Generator, random.Random, np.random.Generator)): return loader
-    own = getattr(loader, '__dict__', {})  # not getattr: fastai's loaders pass on what their data set has
-    return own.get('generator') or own.get('rng')
+    for layer in _layers(loader):
+        if isinstance(layer, (torch.Generator, random.Random, np.random.Generator)): return layer
+        if found := _own(layer).get('generator') or _own(layer).get('rng'): return found
 
+# %% ../nbs/api/04_rewind.ipynb #e71dbb77
 def _get_state(g):
     if isinstance(g, torch.Generator): return g.get_state()
     if isinstance(g, random.Random): return g.getstate()
@@ -58,7 +67,7 @@ def _set_state(g, state):
     elif isinstance(g, random.Random): g.setstate(state)
     elif g is not None: g.bit_generator.state = deepcopy(state)
 
-# %% ../nbs/api/04_rewind.ipynb #e71dbb77
+# %% ../nbs/api/04_rewind.ipynb #a0691dc7
 @dataclass(frozen=True)
 class RandomState:
     "Where all random generators stand."
@@ -165,7 +174,7 @@ def check_loaders(
     loaders:Sequence, # data loaders that shall be rewound
 ):
     "Raise `ValueError` if one has workers that live on from epoch to epoch, with generators out of reach."
-    if any(getattr(getattr(l, 'fake_l', l), 'persistent_workers', False) for l in loaders):
+    if any(getattr(getattr(o, 'fake_l', o), 'persistent_workers', False) for l in loaders for o in _layers(l)):
         raise ValueError('a data loader has persistent_workers=True, whose generators cannot be put back: make it without')
 
 @patch(cls_method=True)
@@ -196,6 +205,7 @@ def check(self:RewindPoint, model, optimizer=None, how='fresh', copies=(), other
     self.model.check(model)
     for copy, (state, _) in zip(copies, self.copies): state.check(copy)
 
+# %% ../nbs/api/04_rewind.ipynb #967816a9
 @patch
 def restore(self:RewindPoint,
     model:nn.Module, # the model it was taken from, or one of the same shape

@@ -9,6 +9,7 @@ __all__ = ['Selection', 'prunable', 'per_name', 'Sparsifier', 'refuse_empty', 'R
 
 # %% ../nbs/api/05_sparsifier.ipynb #dab27ebc
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,19 +44,26 @@ def _owned(model):
         for n, p in module.named_parameters(recurse=False, remove_duplicate=False):
             yield f'{prefix}.{n}'.lstrip('.').replace('_orig_mod.', ''), p, module
 
+def _computed(module):
+    "The weights that a module computes from others: `weight_norm` and `spectral_norm` leave them as plain tensors."
+    return [n for n, v in vars(module).items() if isinstance(v, torch.Tensor)]
+
+def _is_part(name, module): return any(name.rpartition('.')[2].startswith(n + '_') for n in _computed(module))
+
 def _by_default(name, p, module):
     "Is this a weight that is cut unless someone says otherwise?"
+    if _is_part(name, module): return False
     if is_lazy(p): return isinstance(module, _prunable_types) and name.endswith('weight')
     return isinstance(module, _prunable_types) and p.ndim > 1 and 'bias' not in name.rpartition('.')[2]
 
 # %% ../nbs/api/05_sparsifier.ipynb #b7400e08
-def _by_default_shape(p): return is_lazy(p) or p.ndim > 1
+def _has_shape(name, p, module): return (is_lazy(p) or p.ndim > 1) and not _is_part(name, module)
 
 def _matches(choice, name, p, module):
     "Does a type, a name, a module's name or a pattern mean this parameter?"
-    if isinstance(choice, type): return isinstance(module, choice) and _by_default_shape(p)
+    if isinstance(choice, type): return isinstance(module, choice) and _has_shape(name, p, module)
     if choice == name: return True
-    return (name.startswith(choice + '.') and _by_default(name, p, module)) or (fnmatchcase(name, choice) and _by_default_shape(p))
+    return (name.startswith(choice + '.') and _by_default(name, p, module)) or (fnmatchcase(name, choice) and _has_shape(name, p, module))
 
 def _chosen(choices, owned, argument):
     "The names that a list of choices means; each must mean something."
@@ -87,7 +95,8 @@ def prunable(
         elif id(p) in seen: notes[n] = f'tied to {seen[id(p)]}, and counted there'
         else: weights[n], modules[n], seen[id(p)] = p, m, n
     for prefix, m in unwrap(model).named_modules():
-        if isinstance(m, _prunable_types) and is_parametrized(m): notes[prefix] = 'parametrized, so it is not cut: its weight is computed from others'
+        if isinstance(m, _prunable_types) and (is_parametrized(m) or _computed(m)):
+            notes[prefix] = 'not cut, since its weight is computed from others (parametrized, or by weight_norm, spectral_norm or prune)'
     if not weights: raise ValueError(f'layers={layers!r} and ignore={ignore!r} leave no weight to cut')
     return Selection(weights, modules, notes)
 
@@ -400,6 +409,15 @@ def hold_gradients(self:Sparsifier,
         else: hold_bits(grad, bits)
 
 # %% ../nbs/api/05_sparsifier.ipynb #656254a1
+def _check_optimizer(optimizer, weights):
+    "Refuse an optimizer that trains none of the weights; warn if it leaves some out."
+    trained = {id(p) for group in getattr(optimizer, 'param_groups', ()) for p in group['params']}
+    missing = [n for n, w in weights.items() if id(w) not in trained] if trained else []
+    if len(missing) == len(weights):
+        raise ValueError(f'the optimizer holds none of the weights that may be cut, not even {missing[0]}: make it from the parameters() of this model')
+    if missing: warnings.warn(f'the optimizer does not hold {missing[0]} ({len(missing)} of {len(weights)} weights that may be cut): if no other one trains them, leave them out by ignore=')
+
+# %% ../nbs/api/05_sparsifier.ipynb #c8f84a7d
 @patch
 def connect(self:Sparsifier,
     optimizer, # torch's or fastai's
@@ -408,6 +426,7 @@ def connect(self:Sparsifier,
     loaders:Sequence=(), # data loaders whose generators are rewound along
 )->Sparsifier: # itself
     "Say what belongs to the training state beside the model."
+    _check_optimizer(optimizer, self.weights)
     self.optimizer, self.copies, self.others, self.loaders = optimizer, tuple(copies), tuple(others), tuple(loaders)
     self._copied = [_all_names(c) for c in self.copies]
     self.set_mask(self.mask)
@@ -424,9 +443,10 @@ def attach(self:Sparsifier,
     if not hasattr(optimizer, 'register_step_post_hook'):
         raise ValueError(f'optimizer={type(optimizer).__name__} is not a torch optimizer: in fastai, give SparsifyCallback or MaskCallback to fit')
     self.detach()
+    self.connect(optimizer, copies, others, loaders)
     self._handles = [t.register_post_accumulate_grad_hook(lambda _, n=n: self.hold_gradients([n])) for n, t in self.tensors.items() if t.requires_grad]
     self._handles.append(optimizer.register_step_post_hook(lambda *_: self.hold()))
-    return self.connect(optimizer, copies, others, loaders)
+    return self
 
 # %% ../nbs/api/05_sparsifier.ipynb #4d8acf57
 @patch

@@ -215,6 +215,16 @@ def test_same_seed_same_augmentation(kind, workers):
     assert same(inputs[0], inputs[1]) and not any(same(a, b) for a, b in zip(inputs[0], inputs[2]))
 
 
+def test_a_seed_that_could_not_be_kept_is_refused():
+    "The generators of workers that live on are out of reach: `Seeded` says so before anything is trained, and without them it works."
+    persistent, watch = partial(small_dls, workers=2, noise=True, kind='torch', persistent_workers=True), Losses()
+    with pytest.raises(ValueError, match='persistent_workers=True, whose generators cannot be put back: make it without'):
+        small_learner(dls=persistent).fit(2, 1e-2, cbs=[Seeded(5), watch])
+    assert not watch.losses
+    small_learner(dls=persistent).fit(1, 1e-2, cbs=watch) # without a seed nothing is promised, and nothing refused
+    assert len(watch.losses) == N_BATCHES
+
+
 @pytest.mark.parametrize('between', ['nothing', 'numbers drawn', 'validation', 'an lr_find'])
 def test_two_plus_two_epochs_are_four(between, tmp_path):
     "The generators follow from (seed, position), not from what happened in between."

@@ -1,20 +1,15 @@
-"The loaders and their cache under processes, kills and damage, and `FastCPU` under errors."
+"The loaders and their cache under processes, kills and damage."
 import multiprocessing
 import os
 import pickle
 import random
 import signal
-import threading
 import time
-from contextlib import suppress
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException
-from fastai.callback.schedule import lr_find # noqa: F401, a method of Learner
-from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
@@ -26,8 +21,8 @@ from torch import nn
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 import lth_nb.data as data
-from lth_nb.data import (IMAGENETTE, FastCPU, balanced, channels_last_weights, decode_once, digits_dls, imagenette_dls, imagenette_names,
-                         imagenette_path, square_image, native_bf16)
+from lth_nb.cpu import FastCPU
+from lth_nb.data import IMAGENETTE, balanced, decode_once, digits_dls, imagenette_dls, imagenette_names, imagenette_path, square_image
 
 
 # --- folders
@@ -100,7 +95,7 @@ def test_real_pictures(real, tmp_path):
     assert all(np.array_equal(dls.train_ds[k][0].numpy(), crop(names[r]).transpose(2, 0, 1)) for k, r in enumerate(rows))
     assert len(dls.valid_ds) == 80 and dls.c == 10
     learn = Learner(dls, net(), metrics=accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=FastCPU())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=FastCPU(bf16=True))
     assert np.isfinite(learn.recorder.values[-1]).all()
 
 
@@ -418,7 +413,7 @@ def test_predictions(folder, learn):
 def test_exported_learner_needs_no_cache(folder, tmp_path):
     learn = Learner(imagenette_dls(16, bs=8, path=folder, device='cpu', cache=tmp_path), net())
     with learn.no_bar(): before = learn.predict(folder/'val/n03000684/0.JPEG')[2]
-    learn.add_cb(FastCPU(bf16=False))
+    learn.add_cb(FastCPU(bf16=False, channels_last=True))
     learn.export(tmp_path/'learner.pkl')
     assert len(learn.dls.new_empty().train_ds.images) == 0
     for o in tmp_path.glob('*.u8'): o.unlink()
@@ -441,199 +436,3 @@ def test_digits():
     assert np.bincount(dls.train_ds.labels[dls.train_ds.rows]).min() > 1437*.09
     with pytest.raises(ValueError, match='valid_pct'): digits_dls(valid_pct=20)
     with pytest.raises(ValueError, match='test_items'): dls.test_dl(['three.png'])
-
-
-# --- FastCPU
-
-class At(Callback):
-    "Call `do` at an event."
-    def __init__(self, event, do, order=0):
-        self.order = order
-        setattr(self, event, do)
-
-
-def raise_(e): raise e
-
-
-def is_clean(learn):
-    weights = [o for o in learn.model.parameters() if o.dim() == 4]
-    return not torch.is_autocast_enabled('cpu') and all(o.is_contiguous() and (o.grad is None or o.grad.is_contiguous()) for o in weights)
-
-
-def nothing_left(learn): return is_clean(learn) and not [o for o in vars(learn) if o.startswith('_do') or o == 'fast_cpu']
-
-
-def spy(learn):
-    "Record how each pass of the first layer computes."
-    seen = []
-    note = lambda m, i, o: seen.append((learn.training, o.dtype, i[0].is_contiguous(memory_format=torch.channels_last), # noqa: E731
-                                        m.weight.is_contiguous(memory_format=torch.channels_last)))
-    return seen, learn.model[0].register_forward_hook(note)
-
-
-EVENTS = ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'before_step', 'after_step',
-          'after_batch', 'before_validate', 'after_epoch', 'after_fit']
-
-
-@pytest.mark.parametrize('event', EVENTS)
-def test_an_error_at_any_event_leaves_nothing(folder, cache, event):
-    dls = imagenette_dls(16, bs=8, path=folder, n_train=8, n_valid=8, device='cpu', cache=cache)
-    learn, calls = Learner(dls, net()), []
-    for order in (-100, 100):
-        for error in (RuntimeError('x'), KeyboardInterrupt('x'), CancelFitException()):
-            def fail():
-                calls.append(event)
-                raise error
-            with learn.no_bar(), learn.no_logging(), suppress(RuntimeError, KeyboardInterrupt, CancelFitException):
-                learn.fit(1, cbs=[FastCPU(bf16=True), At(event, fail, order)])
-            assert nothing_left(learn)
-    assert len(calls) >= 6
-
-
-@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, CancelBatchException])
-def test_an_error_inside_the_network(dls, error):
-    class Broken(nn.Module):
-        def forward(self, x):
-            calls.append(torch.is_autocast_enabled('cpu'))
-            raise error('x')
-    calls = []
-    learn = Learner(dls, nn.Sequential(nn.Conv2d(3, 8, 3), Broken()), cbs=FastCPU(bf16=True))
-    with learn.no_bar(), learn.no_logging():
-        for call in (lambda: learn.fit(1), learn.validate, learn.get_preds):
-            with suppress(Exception, KeyboardInterrupt): call()
-            assert calls and is_clean(learn)
-            calls.clear()
-
-
-def test_an_error_in_the_loader(learn, monkeypatch):
-    monkeypatch.setattr(learn.dls.train, 'create_batches', lambda samps: raise_(RuntimeError('no batch')))
-    with pytest.raises(RuntimeError, match='no batch'): learn.fit(1, cbs=FastCPU(bf16=True))
-    assert nothing_left(learn)
-
-
-def test_training_and_validation_compute_in_bfloat16(learn):
-    seen, hook = spy(learn)
-    preds, losses = [], []
-    learn.fit(1, cbs=[FastCPU(bf16=True), At('after_pred', lambda: preds.append(learn.pred.dtype), order=-9.5),
-                      At('after_pred', lambda: preds.append(learn.pred.dtype)), At('after_loss', lambda: losses.append(
-                          (learn.loss.dtype, torch.is_autocast_enabled('cpu'))))])
-    assert {o[0] for o in seen} == {True, False} and {o[1:] for o in seen} == {(torch.bfloat16, True, True)}
-    assert set(preds[1::2]) == {torch.float32} and set(losses) == {(torch.float32, False)}
-    assert nothing_left(learn)
-    seen.clear()
-    learn.fit(1)
-    assert {o[1:] for o in seen} == {(torch.float32, False, False)} # the next fit is as ever
-    hook.remove()
-
-
-def test_only_what_is_asked(learn):
-    seen, hook = spy(learn)
-    for cb, expected in ((FastCPU(bf16=False), (torch.float32, True, True)), (FastCPU(bf16=True, channels_last=False), (torch.bfloat16, False, False)),
-                         (FastCPU(bf16=False, channels_last=False), (torch.float32, False, False)),
-                         (FastCPU(), (torch.bfloat16 if native_bf16() else torch.float32, True, True))):
-        seen.clear()
-        learn.fit(1, cbs=cb)
-        assert {o[1:] for o in seen} == {expected}
-    hook.remove()
-    with pytest.raises(ValueError, match="bf16='yes'"): FastCPU(bf16='yes')
-    with pytest.raises(ValueError, match='channels_last=None'): FastCPU(channels_last=None)
-
-
-def test_state_stays_plain(learn):
-    keys = list(learn.model.state_dict())
-    weights = [id(o) for o in learn.model.parameters()]
-    inside = []
-    learn.fit(1, cbs=[FastCPU(bf16=True), At('after_batch', lambda: inside.append({o.dtype for o in learn.model.state_dict().values()}))])
-    assert all(o == {torch.float32, torch.int64} for o in inside) # int64: batch norm counts its batches
-    assert list(learn.model.state_dict()) == keys and [id(o) for o in learn.model.parameters()] == weights
-    assert {v.dtype for s in learn.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)} == {torch.float32}
-
-
-def test_with_channels_last_alone_training_is_the_same_to_rounding(dls):
-    ends = []
-    for cb in (None, FastCPU(bf16=False), FastCPU(bf16=True)):
-        torch.manual_seed(0)
-        learn = Learner(dls, net(), cbs=cb)
-        dls.train.rng = random.Random(0)
-        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
-        ends.append(torch.cat([o.detach().flatten() for o in learn.model.parameters()]))
-    assert torch.allclose(ends[0], ends[1], atol=1e-4)
-    assert not torch.allclose(ends[0], ends[2], atol=1e-7) and torch.allclose(ends[0], ends[2], atol=3e-2)
-
-
-def test_the_rest_of_the_learner(folder, learn):
-    learn.add_cb(FastCPU(bf16=True))
-    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
-    learn.lr_find(num_it=5, show_plot=False)
-    assert is_clean(learn) and all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
-    seen, hook = spy(learn)
-    learn.validate()
-    preds, _, losses = learn.get_preds(with_loss=True)
-    learn.predict(folder/'val/n03000684/0.JPEG')
-    hook.remove()
-    assert {o[1:] for o in seen} == {(torch.bfloat16, True, True)} and preds.dtype == losses.dtype == torch.float32 and is_clean(learn)
-
-
-def test_attached_twice_moved_and_removed(learn, dls):
-    outer, inner = FastCPU(bf16=True), FastCPU(bf16=True)
-    learn.add_cb(outer)
-    learn.fit(1, cbs=inner)
-    seen, hook = spy(learn)
-    learn.fit(1)
-    assert {o[1] for o in seen} == {torch.bfloat16} # the first is still there
-    learn.remove_cb(outer)
-    seen.clear()
-    learn.fit(1)
-    assert {o[1] for o in seen} == {torch.float32} and nothing_left(learn)
-    hook.remove()
-    other = Learner(dls, net(), cbs=outer)
-    learn.add_cb(outer) # the same callback in another learner
-    assert not [o for o in vars(other) if o.startswith('_do')]
-
-
-def test_a_callback_that_does_not_run_does_nothing(learn):
-    cb = FastCPU(bf16=True)
-    seen, hook = spy(learn)
-    learn.fit(1, cbs=[cb, At('before_fit', lambda: setattr(cb, 'run', False))])
-    hook.remove()
-    assert {o[1:3] for o in seen} == {(torch.float32, False)}
-
-
-def test_copies_of_a_learner(learn):
-    learn.add_cb(FastCPU(bf16=True))
-    for other in (deepcopy(learn), pickle.loads(pickle.dumps(learn))):
-        seen, hook = spy(other)
-        with other.no_bar(), other.no_logging(): other.fit(1)
-        hook.remove()
-        assert {o[1] for o in seen} == {torch.bfloat16} and is_clean(other)
-        assert other._do_fit.args[1].__self__ is other and other.fast_cpu.learn is other
-
-
-def test_no_gpu(learn):
-    learn.dls.device = learn.model.to('meta') and torch.device('meta') # stands for any device that is not the CPU
-    with pytest.raises(ValueError, match='learn.to_bf16'): learn.fit(1, cbs=FastCPU())
-    assert not [o for o in vars(learn) if o.startswith('_do')]
-
-
-def test_other_loaders_models_and_threads(learn):
-    points = DataLoader([(torch.randn(4), torch.tensor(1)) for _ in range(8)], bs=4)
-    dls = type(learn.dls)(points, points)
-    lists = type('Two', (nn.Linear,), {'forward': lambda self, x: {'out': [nn.Linear.forward(self, x), x.long()]}})(4, 2)
-    other = Learner(dls, lists, loss_func=lambda p, y: p['out'][0].square().mean(), cbs=FastCPU(bf16=True))
-    kinds = []
-    with other.no_bar(), other.no_logging(): other.fit(1, cbs=At('after_pred', lambda: kinds.append([o.dtype for o in other.pred['out']])))
-    assert kinds and all(o == [torch.float32, torch.int64] for o in kinds)
-    thread = threading.Thread(target=lambda: learn.fit(1, cbs=FastCPU(bf16=True)))
-    thread.start(), thread.join()
-    assert nothing_left(learn)
-
-
-def test_weights_of_other_shapes_are_left_alone():
-    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv1d(1, 2, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Conv2d(3, 4, 3),
-                          nn.Conv2d(3, 4, 3))
-    model[4].weight.data = model[4].weight.data.transpose(2, 3) # an order of the user's own
-    before = [o.stride() for o in model.parameters()]
-    with pytest.raises(RuntimeError), channels_last_weights(model):
-        assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
-        raise RuntimeError
-    assert [o.stride() for o in model.parameters()] == before

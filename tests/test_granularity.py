@@ -225,7 +225,8 @@ NETS = {
                    {'0': ('1', 1), '3': ('3', 1)}),
     'linear and layer norm': (seq(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 5)), WORDS, {'0': ('1', -1), '3': ('3', -1)}),
     'linear and rms norm': (seq(nn.Linear(4, 6), nn.RMSNorm(6)), WORDS, {'0': ('1', -1)}),
-    'linear and batch norm': (seq(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3, bias=False)), ROWS, {'0': ('1', -1), '3': ('3', -1)}),
+    # not ReLU: with so few rows it can be zero for all units that are left, and then what stays of the last layer, which has no bias, gives zero too
+    'linear and batch norm': (seq(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3, bias=False)), ROWS, {'0': ('1', -1), '3': ('3', -1)}),
     'group norm': (seq(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 4, 1)), IMAGE, {'0': ('1', 1), '3': ('3', 1)}),
     'instance norm': (seq(nn.Conv1d(4, 6, 3), nn.InstanceNorm1d(6, affine=True)), torch.randn(2, 4, 9), {'0': ('1', 1)}),
     'three dimensions': (seq(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4)), torch.randn(2, 3, 4, 4, 4), {'0': ('1', 1)})}

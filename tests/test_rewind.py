@@ -13,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from helpers_core import assert_held, conv_net, device, equal, seeded, train_step  # noqa: F401
-from lth_nb.rewind import ModelState, Position, RandomState, Resume, RewindPoint, check_optimizer_choice, named_tensors, restore_optimizer, unwrap
+from lth_nb.rewind import (ModelState, Position, RandomState, Resume, RewindPoint, check_loaders, check_optimizer_choice, loader_generator, named_tensors,
+                           restore_optimizer, unwrap)
 from lth_nb.sparsifier import Sparsifier
 
 PER_EPOCH, END = 6, 15
@@ -220,6 +221,42 @@ def test_workers_that_live_on_are_rewound_or_refused():
     first = list(loader)
     point.restore(model, loaders=[loader])
     assert equal(first, list(loader))
+
+
+class Wrapped:
+    "A loader around a loader, which passes nothing on."
+    def __init__(self, loader): self.loader = loader
+    def __iter__(self): return iter(self.loader)
+    def __len__(self): return len(self.loader)
+
+
+def test_the_generator_of_a_wrapped_loader_is_that_of_the_loader_inside():
+    order = torch.Generator().manual_seed(2)
+    loader = DataLoader(Augmented(), 4, shuffle=True, generator=order)
+    model = nn.Linear(2, 2)
+    point = RewindPoint.take(model, position=Position(2, 0, 2), epoch_start=RandomState.take())
+    for wrapped in (Wrapped(loader), Resume(loader, point), Wrapped(Resume(Wrapped(loader), point)), Wrapped(order)): assert loader_generator(wrapped) is order
+    assert loader_generator(Wrapped(DataLoader(Augmented(), 4))) is None and loader_generator(Wrapped(None)) is None and loader_generator(None) is None
+    for wrapped in (Wrapped(loader), Resume(loader, replace(point, position=Position()))):
+        order.manual_seed(3)
+        point = RewindPoint.take(model, loaders=[wrapped])
+        first = [b[3].tolist() for b in loader]
+        point.restore(model, loaders=[wrapped])
+        assert first == [b[3].tolist() for b in loader] != [b[3].tolist() for b in loader]
+
+
+def test_a_wrapper_with_a_generator_of_its_own_draws_from_that():
+    own, order = torch.Generator(), torch.Generator()
+    wrapped = Wrapped(DataLoader(Augmented(), 4, generator=order))
+    wrapped.generator = own
+    assert loader_generator(wrapped) is own
+
+
+def test_workers_that_live_on_are_found_inside_a_wrapper():
+    lives_on = DataLoader(Augmented(), 4, num_workers=1, persistent_workers=True)
+    for wrapped in (lives_on, Wrapped(lives_on), Wrapped(Wrapped(lives_on))):
+        with pytest.raises(ValueError, match='persistent_workers'): check_loaders([wrapped])
+    check_loaders([Wrapped(DataLoader(Augmented(), 4, num_workers=1)), Wrapped(None), torch.Generator()])
 
 
 @pytest.mark.parametrize('place', PLACES)

@@ -654,3 +654,22 @@ def test_a_mask_without_followers_serves_where_filters_are_cut():
     model(torch.randn(2, 4)).sum().backward()
     sgd.step()
     assert_held(sp)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    net, other = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), nn.Linear(4, 2)
+    with pytest.raises(ValueError, match='none of the weights'): Sparsifier(net).attach(torch.optim.SGD(other.parameters(), .1))
+    with pytest.warns(UserWarning, match='does not hold 0.weight'): Sparsifier(net).attach(torch.optim.SGD(net[1].parameters(), .1))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Sparsifier(net).attach(torch.optim.SGD(net.parameters(), .1))
+
+
+@pytest.mark.parametrize('norm', [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.parametrize('layers', [None, nn.Conv2d, '*weight*'])
+@pytest.mark.filterwarnings('ignore')
+def test_weights_that_are_computed_from_others_are_left_out(norm, layers):
+    net = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 4, 3))
+    net(torch.randn(1, 3, 8, 8))
+    sp = Sparsifier(net, layers=layers).prune(50)
+    assert list(sp.weights) == ['1.weight'] and 'computed from others' in sp.report().notes['0']
