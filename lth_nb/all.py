@@ -14,8 +14,18 @@ from .mask import *
 from .criteria import *
 from .rewind import *
 from .sparsifier import *
+from .ticket import *
 from .callback import *
 from .data import *
+from .cpu import *
+from .recipe import *
+from .arms import *
+from .results import *
+from .experiment import *
+from .analysis import *
+from .plots import *
+from .overlap import *
+from .report import *
 
 # %% ../nbs/api/12_all.ipynb #1bd0ab33
 __all__ = [name for name in dir() if not name.startswith('_')]
