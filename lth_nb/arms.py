@@ -10,7 +10,7 @@ __all__ = ['Segment', 'State', 'Pruning', 'Pruned', 'Shuffled', 'Anywhere', 'Gri
 
 # %% ../nbs/api/09b_arms.ipynb #5b78b352
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +19,7 @@ from .criteria import get_criterion, large_final
 from .granularity import check_granularity
 from .naming import digest
 from .rewind import check_optimizer_choice
+from .sparsifier import check_context
 
 # %% ../nbs/api/09b_arms.ipynb #2bae9b8b
 class _Named:
@@ -64,8 +65,9 @@ class Pruning:
     allow_empty: bool = False # may a layer be cut to nothing?
 
     def __post_init__(self):
-        check_granularity(self.granularity)
+        check_granularity(self.granularity); check_context(self.context, self.granularity)
         object.__setattr__(self, 'criteria', get_criterion(self.criteria))
+        if self.rates is not None and not isinstance(self.rates, Mapping): raise ValueError(f'rates={self.rates!r} is no mapping: give {{name or pattern: percent}}')
 
 @dataclass(frozen=True, eq=False)
 class Pruned(_Named):
@@ -95,7 +97,7 @@ def needs(
     if isinstance(node, State): return needs(node.segment)
     if isinstance(node, Pruned): return [node.trained]
     if isinstance(node, (Shuffled, Anywhere)): return needs(node.mask)
-    return [s for s in (node.start, node.carried) if s is not None] + needs(node.mask)
+    return list(dict.fromkeys([s for s in (node.start, node.carried) if s is not None] + needs(node.mask)))
 
 def graph(
     states, # the states that are wanted
@@ -157,10 +159,11 @@ class Arm:
 
     def levels_in(self, grid): # what the experiment says
         "The levels that are asked for, as numbers."
-        n = len(grid.sparsities)
-        chosen = {'all': range(1, n + 1), 'last': [n]}.get(self.levels, self.levels) if isinstance(self.levels, str) else self.levels
-        wrong = [l for l in chosen if not isinstance(l, int) or not 0 <= l <= n] if not isinstance(chosen, str) else [chosen]
-        if wrong: raise ValueError(f"levels={self.levels!r} of {self.name}: there are levels 1 to {n}; give some of them, 'all' or 'last'")
+        if self.kind == 'dense': return [0]
+        known = list(range(1, len(grid.sparsities) + 1))
+        chosen = {'all': known, 'last': known[-1:]}.get(self.levels) if isinstance(self.levels, str) else self.levels
+        if not isinstance(chosen, Sequence) or not chosen or any(type(l) is not int or l not in known for l in chosen):
+            raise ValueError(f"levels={self.levels!r} of {self.name}: there are levels 1 to {known[-1]}; give a list of some of them, 'all' or 'last'")
         return list(chosen)
 
 # %% ../nbs/api/09b_arms.ipynb #5952e659
@@ -168,7 +171,7 @@ def _dense(grid, seed, level): return grid.dense(seed)
 
 def dense()->Arm: # level 0 only
     "The dense network after T epochs."
-    return Arm('dense', _dense, 'dense', levels=(0,))
+    return Arm('dense', _dense, 'dense')
 
 # %% ../nbs/api/09b_arms.ipynb #c66075fa
 @dataclass(frozen=True)
@@ -236,6 +239,7 @@ def _kept_weights(grid, seed, level, n_epochs, anneals, lr):
     if level == 0: return grid.dense(seed)
     before = _kept_weights(grid, seed, level - 1, n_epochs, anneals, lr)
     begin = grid.end - n_epochs(grid)
+    if begin >= grid.end: raise ValueError('epochs is less than one batch: give whole epochs')
     if begin % grid.n_batches: raise ValueError(f'epochs={n_epochs(grid)/grid.n_batches:g} begins inside an epoch, where only a rewind point can: give whole epochs')
     if begin < 0: raise ValueError(f'epochs={n_epochs(grid)/grid.n_batches:g} is more than the {grid.epochs} of a level')
     span = grid.span if anneals else None
@@ -252,6 +256,11 @@ def lr_rewind(
     return Arm(name or f'learning rate → {rewind}', make, 'baseline')
 
 # %% ../nbs/api/09b_arms.ipynb #7cb14666
+def _ticket_of(of, control):
+    "The ticket that a control names."
+    if not isinstance(of, Arm) or of.kind not in ('ticket', 'baseline'): raise ValueError(f'{control}(of={of!r}): give the arm of a ticket, like imp()')
+    return of
+
 def finetune(
     of:Arm|None=None, # train as many epochs a round as this ticket does
     lr:float|None=None, # constant learning rate; default: what the recipe's schedule ends with
@@ -261,17 +270,13 @@ def finetune(
     "Prune, keep the weights, and train on at a constant rate. Source: Renda et al. 2020, section 3"
     if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr < math.inf): raise ValueError(f'lr={lr!r} is not a learning rate: give a number above 0')
     if epochs is not None and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf): raise ValueError(f'epochs={epochs!r} is not a training length: give a number above 0')
-    rewind = of.rewind if of is not None else _Rewind()
+    if of is not None: _ticket_of(of, 'finetune')
+    rewind = (of and of.rewind) or _Rewind()
     def n_epochs(grid): return grid.end - rewind.batch(grid) if epochs is None else round(epochs*grid.n_batches)
     return Arm(name or 'finetune' + (f' of {of.name}' if of else '') + (f', {epochs:g} epochs' if epochs else '') + (f' at {lr:g}' if lr else ''),
                partial(_kept_weights, n_epochs=n_epochs, anneals=False, lr=lr), 'baseline', of)
 
 # %% ../nbs/api/09b_arms.ipynb #ebda80c4
-def _ticket_of(of, control):
-    "The ticket that a control names."
-    if not isinstance(of, Arm) or of.kind == 'dense': raise ValueError(f'{control}(of={of!r}): give the arm of a ticket, like imp()')
-    return of
-
 def _control(of, name, given, make, levels):
     of = _ticket_of(of, name)
     return Arm(given or f'{name} of {of.name}', partial(make, of=of), 'control', of, levels)

@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +28,7 @@ from typing import Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -37,9 +37,11 @@ from . import __version__
 from .files import written
 
 # %% ../nbs/api/11_cli.ipynb #077c8a62
+_UsageError = typer.BadParameter.__base__ # Typer keeps its name to itself
+
 def _one_line(error):
     "What an error says, without its line breaks."
-    if isinstance(error, typer.TyperException): text = error.format_message()
+    if isinstance(error, _UsageError): text = error.format_message()
     else: text = f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename else str(error)
     return ' '.join(text.split())
 
@@ -47,7 +49,7 @@ class OneLine(TyperGroup):
     "Commands whose errors are one line on stderr and exit code 2."
     def main(self, *args, standalone_mode=True, **kwargs):
         try: code = super().main(*args, standalone_mode=False, **kwargs)
-        except (typer.TyperException, ValueError, OSError) as e:
+        except (_UsageError, ValueError, OSError) as e:
             typer.echo(f'Error: {_one_line(e)}', err=True)
             code = 2
         sys.exit(code)
@@ -55,16 +57,15 @@ class OneLine(TyperGroup):
 # %% ../nbs/api/11_cli.ipynb #6c6a4414
 app = typer.Typer(cls=OneLine, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich')
 
-def _tell_version(wanted:bool):
-    if wanted: raise typer.Exit(print(f'lth-nb {__version__}') or 0)
-
-@app.callback()
-def _lth_nb(context:typer.Context, version:Annotated[bool, typer.Option('--version', callback=_tell_version, is_eager=True, help='Say the version, and stop.')]=False):
+@app.callback(invoke_without_command=True)
+def _lth_nb(context:typer.Context, version:Annotated[bool, typer.Option('--version', help='Say the version, and stop.')]=False):
     """Find lottery tickets, compare them with their controls, and say honestly what was found.
 
     Start with [bold]lth-nb compare --plan[/bold], which shows what would be trained.
 
     Exit codes: 0 all went well, 1 an arm failed, 2 wrong input, 130 stopped by Ctrl-C."""
+    if version: print(f'lth-nb {__version__}')
+    elif context.invoked_subcommand is None: typer.echo(context.get_help())
     context.with_resource(warnings.catch_warnings())
     for category in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', category)
     warnings.showwarning = lambda message, *_, **__: typer.echo(f'Warning: {message}', err=True)
@@ -93,12 +94,11 @@ def _answer(
     for one in shown: console.print(Text(one) if isinstance(one, str) else one)
 
 # %% ../nbs/api/11_cli.ipynb #fa7fcdca
-def _table(
+def _rich(
     rows, # of dicts with the same keys
 )->Table: # for a terminal
     "Lay rows out as a table."
-    from lth_nb.analysis import short
-    say = lambda v: v if isinstance(v, str) else f'{v:,}' if isinstance(v, int) else '–' if v is None or v != v else short(v)
+    say = lambda v: v if isinstance(v, str) else f'{v:,}' if isinstance(v, int) else '–' if v is None or v != v else f'{v:#.4g}'
     table = Table(box=SIMPLE_HEAD)
     for name, value in (rows[0] if rows else {}).items(): table.add_column(name.replace('_', ' '), justify='left' if isinstance(value, str) else 'right', overflow='fold')
     for row in rows: table.add_row(*(Text(say(v)) for v in row.values()))
@@ -261,10 +261,10 @@ def _progress(
 ):
     "Show on stderr how many epochs are trained, until the block ends."
     count = lambda: sum(f.read_bytes().count(b'\n') for f in run.glob('segments/*/epochs.jsonl'))
-    columns = TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed:g} of {task.total:g} epochs'), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
+    columns = BarColumn(), TextColumn('{task.completed:g} of {task.total:g} epochs'), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
     began, ended = count(), threading.Event()
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task('training', total=n_epochs)
+        task = bar.add_task('', total=n_epochs)
         def _watch():
             while not ended.wait(1): bar.update(task, completed=count() - began)
         watcher = threading.Thread(target=_watch, daemon=True)
@@ -276,19 +276,20 @@ def _progress(
             bar.update(task, completed=count() - began)
 
 # %% ../nbs/api/11_cli.ipynb #0b9ec50a
-def _run(exp, run, s):
-    "Train, and write the tickets where they are asked for."
+def _train(exp, s):
+    "Train what is left, and write the tickets where they are asked for."
+    run = Path(s['out'])
     plan = exp.plan(run)
     typer.echo(f'{exp.recipe!r}, into {run}\n{plan.note}', err=True)
     try:
-        with _progress(run, plan.left): results = exp.run(run, s['n_jobs'], progress=False)
+        with _progress(run, plan.left) if plan.left else nullcontext(): results = exp.run(run, s['n_jobs'], progress=False)
+        return results, _save_tickets(exp, run, results) if s['tickets'] else []
     except KeyboardInterrupt:
         typer.echo('Stopped; the same command goes on from here.', err=True)
-        raise
-    return results, _save_tickets(exp, run, results) if s['tickets'] else []
+        raise typer.Exit(130) from None
 
 def _save_tickets(exp, run, results):
-    "Write the ticket of every seed of every ticket arm, at its last level."
+    "Write the ticket of every seed of every ticket arm, at its last level; their files."
     (run/'tickets').mkdir(exist_ok=True)
     rows = sorted((r for r in results.rows if r['kind'] == 'ticket' and r['mask']), key=lambda r: r['level'])
     last = {(r['arm'], r['seed']): r['level'] for r in rows}
@@ -298,15 +299,31 @@ def _save_tickets(exp, run, results):
 # %% ../nbs/api/11_cli.ipynb #792f64da
 def _judged(results, margin, metric):
     "What the results say: a document for --json, and a list for people."
+    import lth_nb.analysis # noqa: F401, gives results their table and verdict
+    document = dict(networks=len(results.rows), failed=list(results.failed), metric=metric, margin=margin, table=[], verdicts=[], words=[])
     failed = [f'Failed: {f["arm"]}, level {f["level"]}, seed {f["seed"]}: {f["reason"]}' for f in results.failed]
-    table = results.table(metric) if results.rows else None
-    try: verdict, words = (v := results.verdict(margin, metric)), [f'{heading}: {text}' for heading, text in v.lines]
-    except (ValueError, KeyError) as e: verdict, words = None, [f'No verdicts: {e}'] if results.rows else []
-    document = dict(run=str(results.path), networks=len(results.rows), failed=list(results.failed), metric=metric, margin=margin, table=_records(table),
-                    verdicts=_records(verdict and verdict.frame), words=words)
-    return document, [*([table.attrs['note'], _table(table.to_dict('records'))] if results.rows else []), *words, *failed]
+    if not results.rows: return document, failed
+    table = results.table(metric)
+    document['table'], shown = _records(table), [table.attrs['note'], _rich(table.to_dict('records'))]
+    try: verdict = results.verdict(margin, metric)
+    except ValueError as e: return document, [*shown, f'No verdicts: {e}', *failed]
+    words = [f'{heading}: {text}' for heading, text in verdict.lines] if len(verdict.frame) else []
+    return document | dict(verdicts=_records(verdict.frame), words=words), [*shown, *words, *failed]
 
 # %% ../nbs/api/11_cli.ipynb #be0c48a7
+def _do_compare(file, plan, as_json, **options):
+    "Show the plan, or train by it and show what came out; the exit code."
+    s = _settings(file, options)
+    with _stdout_kept(): todo = (exp := _experiment(s)).plan(s['out'])
+    names = 'seed', 'used_by', 'builds_on', 'from_epoch', 'to_epoch', 'left'
+    if plan: return _answer(dict(networks=todo.n_networks, epochs=todo.epochs, left=todo.left, segments=[dict(zip(names, r)) for r in todo.rows]), as_json, repr(todo))
+    with _stdout_kept():
+        results, tickets = _train(exp, s)
+        document, shown = _judged(results, s['margin'], s['metric'])
+    _answer(dict(run=s['out']) | document | dict(tickets=tickets), as_json, *shown, *(f'Ticket: {t}' for t in tickets))
+    return int(bool(results.failed))
+
+# %% ../nbs/api/11_cli.ipynb #6e68254d
 AsJson = Annotated[bool, typer.Option('--json', help='One JSON document on stdout instead.')]
 Run = Annotated[Path, typer.Argument(metavar='RUN', help="The run's folder, as --out named it.")]
 TicketFile = Annotated[Path, typer.Argument(metavar='TICKET', help='A ticket file.')]
@@ -315,11 +332,17 @@ def _setting(name, text):
     "An option that is a setting, with its default."
     return typer.Option(help=text, show_default=str(DEFAULTS[name]) if name in DEFAULTS else False)
 
-# %% ../nbs/api/11_cli.ipynb #6e68254d
-@app.command('compare')
+_COMPARE = """Train tickets, the dense network and controls over seeds; end with the table and the verdicts.
+
+Killed or stopped, the same command goes on where it stood; once finished, it costs nothing. Exit code 1 if an arm failed.
+
+Example: [bold]lth-nb compare --seeds 6 --sparsity 75 --rewind-epoch 0 --rewind-epoch 1 --out runs/first[/bold]"""
+
+# %% ../nbs/api/11_cli.ipynb #de34f26b
+@app.command('compare', help=_COMPARE)
 def _compare(
     file:Annotated[Path|None, typer.Argument(help='Settings as TOML; options override them.')]=None,
-    data:Annotated[str|None, _setting('data', 'digits or imagenette. A learner of your own stands in the file.')]=None,
+    data:Annotated[str|None, _setting('data', 'digits or imagenette; a learner of your own stands in the file.')]=None,
     epochs:Annotated[int|None, _setting('epochs', 'Training length of a level.')]=None,
     lr:Annotated[float|None, _setting('lr', 'Learning rate; the highest, if it is annealed.')]=None,
     anneal:Annotated[str|None, _setting('anneal', 'Its course: none, one_cycle or cos.')]=None,
@@ -330,38 +353,17 @@ def _compare(
     schedule:Annotated[str|None, _setting('schedule', 'iterative, geometric or one_shot.')]=None,
     rounds:Annotated[int|None, _setting('rounds', 'How many prunings; default: what the schedule says.')]=None,
     rewind_epoch:Annotated[list[float]|None, _setting('rewind_epoch', 'Epoch to rewind to; give it again for another ticket.')]=None,
-    controls:Annotated[str|None, _setting('controls', 'Of each ticket: none, or some of reinit,shuffled,random_mask,dense_long,supermask.')]=None,
+    controls:Annotated[str|None, _setting('controls', 'Of each ticket: none, or some of reinit, shuffled, random_mask, dense_long, supermask.')]=None,
     granularity:Annotated[str|None, _setting('granularity', 'What is cut as one: weight, filter, …')]=None,
     criteria:Annotated[str|None, _setting('criteria', 'What a weight is worth.')]=None,
     n_jobs:Annotated[int|None, _setting('n_jobs', 'Trainings at the same time.')]=None,
     out:Annotated[str|None, _setting('out', "The run's folder; default: runs/ and the name of file or data.")]=None,
     margin:Annotated[float|None, _setting('margin', 'Loss that does not matter, in points of percent; set it beforehand.')]=None,
     metric:Annotated[str|None, _setting('metric', 'What is compared.')]=None,
-    tickets:Annotated[bool|None, typer.Option('--tickets', help="Write each seed's last tickets to OUT/tickets.")]=None,
+    tickets:Annotated[bool|None, typer.Option('--tickets', help="Write the tickets of the last level into the run's folder.")]=None,
     plan:Annotated[bool, typer.Option('--plan', help='Show what would be trained, and stop.')]=False,
     as_json:AsJson=False,
-):
-    """Train tickets, the dense network and controls over seeds; end with the table and the verdicts.
-
-    Killed or stopped, the same command goes on where it stood; once finished, it costs nothing.
-
-    Example: [bold]lth-nb compare --seeds 6 --sparsity 75 --rewind-epoch 0 --rewind-epoch 1 --out runs/first[/bold]
-
-    Exit code 1 if an arm failed."""
-    return _run_compare(file, {k: v for k, v in locals().items() if k in (*_OWN, *DEFAULTS)}, plan, as_json)
-
-# %% ../nbs/api/11_cli.ipynb #de34f26b
-def _run_compare(file, options, plan, as_json):
-    "Show the plan, or train by it and show what came out; the exit code."
-    s = _settings(file, options)
-    with _stdout_kept(): todo = (exp := _experiment(s)).plan(s['out'])
-    names = 'seed', 'used_by', 'builds_on', 'from_epoch', 'to_epoch', 'left'
-    if plan: return _answer(dict(networks=todo.n_networks, epochs=todo.epochs, left=todo.left, segments=[dict(zip(names, r)) for r in todo.rows]), as_json, repr(todo))
-    with _stdout_kept():
-        results, tickets = _run(exp, Path(s['out']), s)
-        document, shown = _judged(results, s['margin'], s['metric'])
-    _answer(document | dict(tickets=tickets), as_json, *shown, *(f'Ticket: {t}' for t in tickets))
-    return int(bool(results.failed))
+): return _do_compare(**locals())
 
 # %% ../nbs/api/11_cli.ipynb #cb043aa0
 def _json_in(file):
@@ -396,7 +398,7 @@ def _status(run:Run, as_json:AsJson=False):
     n_epochs, ago = sum(f.read_bytes().count(b'\n') for f in files), round(time.time() - max((f.stat().st_mtime for f in files), default=time.time()))
     document = dict(run=str(run), done=len(networks) - len(left), left=len(left), epochs=n_epochs, seconds_ago=ago, arms=list(rows.values()), failed=failed)
     said = f'{run}: {document["done"]} of {len(networks)} networks done; {n_epochs} epochs trained, the last one {ago} s ago'
-    _answer(document, as_json, said, _table(list(rows.values())), *(f'Failed when the run last ended: {f["arm"]}, level {f["level"]}, seed {f["seed"]}: {f["reason"]}' for f in failed))
+    _answer(document, as_json, said, _rich(list(rows.values())), *(f'Failed when the run last ended: {f["arm"]}, level {f["level"]}, seed {f["seed"]}: {f["reason"]}' for f in failed))
 
 # %% ../nbs/api/11_cli.ipynb #01924070
 @app.command('report')
@@ -407,9 +409,8 @@ def _report(run:Run, margin:Annotated[float, typer.Option(help='Loss that does n
     Example: [bold]lth-nb report runs/first[/bold]"""
     import lth_nb.report # noqa: F401, gives results their report
     from lth_nb.results import Results
-    results = Results.load(run)
     if not margin >= 0: raise ValueError(f'margin={margin!r}: must be a number of 0 or more')
-    if results.rows: _one_of('metric', metric, dict.fromkeys(k for k, v in results.rows[0].items() if isinstance(v, float)))
+    results = Results.load(run)
     file = results.report(run/'report.html', margin, metric)
     _answer(dict(report=str(file), networks=len(results.rows), failed=len(results.failed)), as_json, f'{file}: {results!r}')
 
@@ -425,7 +426,7 @@ def _inspect(ticket:TicketFile, as_json:AsJson=False):
     document = dict(file=str(ticket), bytes=ticket.stat().st_size, sparsity=found.mask.sparsity, kept=found.mask.n_kept, total=found.mask.n_total,
                     weights='seed' if found.state is None else 'kept', layers=layers, provenance=found.provenance)
     origin = [f'{k}: {v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)}' for k, v in found.provenance.items() if k != 'sparsity' and v not in (None, {})]
-    _answer(document, as_json, f'{ticket}, {document["bytes"]:,} bytes', repr(found), _table(rows), *origin)
+    _answer(document, as_json, f'{ticket}, {document["bytes"]:,} bytes', repr(found), _rich(rows), *origin)
 
 # %% ../nbs/api/11_cli.ipynb #521cc0b0
 @app.command('apply')
@@ -442,6 +443,7 @@ def _apply(
     from torch import Tensor, contiguous_format
     from lth_nb.ticket import Ticket
     found = Ticket.load(ticket)
+    if not out.parent.is_dir(): raise ValueError(f'out={str(out)!r}: there is no folder {out.parent}')
     with _stdout_kept():
         net = _model(model, found.provenance['seed'])
         found.apply(net)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import joblib
 import torch
+from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch
 from tqdm import tqdm
 
@@ -30,10 +31,10 @@ from .recipe import Recipe
 from .results import Results, load_mask
 from .rewind import RewindPoint
 from .schedule import Schedule, iterative
-from .sparsifier import Sparsifier, per_name, prunable
+from .sparsifier import Sparsifier
 from .store import Store, batch_of
 from .ticket import Ticket
-from .training import attempt_segment, generators_kept, make_learner, schedules
+from .training import attempt_segment, generators_kept, make_learner, make_sparsifier, schedules
 
 # %% ../nbs/api/09f_experiment.ipynb #3dad2922
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class Experiment:
 
     def __post_init__(self):
         if not isinstance(self.recipe, Recipe): raise ValueError(f'recipe is a {type(self.recipe).__name__}: give Recipe(learner, epochs=…)')
-        check_sparsity(self.sparsity)
+        if check_sparsity(self.sparsity) == 100: raise ValueError('sparsity=100 leaves nothing to train: give less')
+        if not isinstance(self.pruning, Pruning): raise ValueError(f'pruning={self.pruning!r}: give Pruning(…)')
         if not isinstance(self.schedule, Schedule) or not self.schedule.in_rounds: raise ValueError(f'schedule={self.schedule!r} does not prune in rounds: give one_shot, iterative or geometric')
-        for name in ('arms', 'seeds'): object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ('arms', 'seeds'):
+            if not isinstance(getattr(self, name), Sequence) or isinstance(getattr(self, name), str): raise ValueError(f'{name}={getattr(self, name)!r} is no list')
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         wrong = [a for a in self.arms if not isinstance(a, Arm)]
         if wrong or not self.arms: raise ValueError(f'arms={self.arms!r}: give arms like dense() and imp()')
         _refuse_twice('arms', [a.name for a in self.arms])
@@ -70,12 +74,13 @@ def _look(self:Experiment):
         torch.set_num_threads(self.recipe.threads)
         learn = self.recipe.make(self.seeds[0])
         n, p = len(learn.dls.train), self.pruning
-        selection = prunable(learn.model, p.layers, p.ignore)
-        per_name(p.rates or {}, selection, 'rates')
+        weights = make_sparsifier(learn, p, self.seeds[0]).weights
+        if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(a.rewind and a.rewind.step for a in self.arms):
+            raise ValueError('rewind_step counts batches here, and this learner accumulates gradients over several: give rewind_epoch')
         anneals = self.recipe.anneal is not None
         last = float(schedules(self.recipe, self.recipe.lr)['lr'](1 - 1/(self.recipe.epochs*n))) if anneals else self.recipe.lr
         grid = Grid(self.recipe.epochs, n, self.schedule.levels(self.sparsity), p, anneals, self.recipe.lr, last)
-        return grid, digest((self.recipe.name, fingerprint(learn.dls))), sum(w.numel() for w in selection.weights.values())
+        return grid, digest((self.recipe.name, fingerprint(learn.dls))), sum(w.numel() for w in weights.values())
 
 @patch(as_prop=True)
 def _seen(self:Experiment):
@@ -90,7 +95,10 @@ def grid(self:Experiment)->Grid:
 @patch(as_prop=True)
 def networks(self:Experiment)->dict: # (arm, level, seed) -> the state whose result it is
     "All networks that are compared."
-    return {(a, level, seed): a.make(self.grid, seed, level) for seed in self.seeds for a in self.arms for level in a.levels_in(self.grid)}
+    if '_networks' not in self.__dict__:
+        found = {(a, level, seed): a.make(self.grid, seed, level) for seed in self.seeds for a in self.arms for level in a.levels_in(self.grid)}
+        object.__setattr__(self, '_networks', found)
+    return self._networks
 
 # %% ../nbs/api/09f_experiment.ipynb #92989851
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ def _collect(exp, store, failed):
         key = dict(arm=arm.name, level=level, seed=seed)
         if (row := store.result(state)) is not None:
             rows.append(_network_row(exp, store, (arm, level, seed), state, row))
-            history += [key | {k: v for k, v in e.items() if k != 'batch'} for e in store.epochs(state.segment) if e['batch'] <= state.batch]
+            history += [key | {k: v for k, v in e.items() if k != 'batch'} for e in store.epochs(state.segment) if min(1, state.batch) <= e['batch'] <= state.batch]
         else: broken.append(key | dict(reason=_reason(store, state.segment, failed)))
     info = json.loads((store.path/'experiment.json').read_text())
     del info['networks']

@@ -90,10 +90,10 @@ def result(self:Store, state)->dict|None: # the line of its last epoch; None if 
 
 @patch
 def write_epochs(self:Store, segment, epochs):
-    "Write an epoch a line; a beginning that is trained again does not shorten what is there."
+    "Write an epoch a line; what is there already stays."
     self.folder(segment).mkdir(parents=True, exist_ok=True)
-    if len(epochs) <= len(self.epochs(segment)): return
-    with written(self.folder(segment)/'epochs.jsonl') as f: f.write(''.join(json.dumps(row) + '\n' for row in epochs).encode())
+    rows = {row['batch']: row for row in [*epochs, *self.epochs(segment)]}
+    with written(self.folder(segment)/'epochs.jsonl') as f: f.write(''.join(json.dumps(rows[b]) + '\n' for b in sorted(rows)).encode())
 
 @patch
 def drop_checkpoints(self:Store, state):

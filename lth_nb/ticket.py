@@ -240,7 +240,7 @@ def _unpack(meta, tensors):
     return mask, _unpack_state(mask, meta, tensors) if kept else None, meta['provenance']
 
 # %% ../nbs/api/06_ticket.ipynb #d6f26168
-_malformed = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError, SafetensorError)
+_malformed = (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 @patch(cls_method=True)
 def load(cls:Ticket,
