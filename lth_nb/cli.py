@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -64,10 +63,12 @@ def _lth_nb(context:typer.Context, version:Annotated[bool, typer.Option('--versi
     Start with [bold]lth-nb compare --plan[/bold], which shows what would be trained.
 
     Exit codes: 0 all went well, 1 an arm failed, 2 wrong input, 130 stopped by Ctrl-C."""
-    if version: print(f'lth-nb {__version__}')
-    elif context.invoked_subcommand is None: typer.echo(context.get_help())
+    if version or context.invoked_subcommand is None:
+        print(f'lth-nb {__version__}' if version else context.get_help())
+        raise typer.Exit()
     context.with_resource(warnings.catch_warnings())
     for category in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', category)
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning,ignore::DeprecationWarning') # for worker processes
     warnings.showwarning = lambda message, *_, **__: typer.echo(f'Warning: {message}', err=True)
 
 # %% ../nbs/api/11_cli.ipynb #27be416d
@@ -95,18 +96,26 @@ def _answer(
 
 # %% ../nbs/api/11_cli.ipynb #fa7fcdca
 def _rich(
-    rows, # of dicts with the same keys
+    rows:list, # of dicts with the same keys
 )->Table: # for a terminal
     "Lay rows out as a table."
-    say = lambda v: v if isinstance(v, str) else f'{v:,}' if isinstance(v, int) else '–' if v is None or v != v else f'{v:#.4g}'
-    table = Table(box=SIMPLE_HEAD)
-    for name, value in (rows[0] if rows else {}).items(): table.add_column(name.replace('_', ' '), justify='left' if isinstance(value, str) else 'right', overflow='fold')
+    say = lambda v: v if isinstance(v, str) else f'{v:,}' if isinstance(v, int) else '–' if v != v else f'{v:.2f}'
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name, value in (rows[0] if rows else {}).items():
+        words = isinstance(value, str)
+        table.add_column(name, justify='left' if words else 'right', no_wrap=not words, overflow='fold')
     for row in rows: table.add_row(*(Text(say(v)) for v in row.values()))
     return table
 
+def _failures(failed):
+    "A line for each reason."
+    arms = {}
+    for f in failed: arms.setdefault(f['reason'], []).append(f['arm'])
+    return [f'Failed: {len(names)} networks of {", ".join(dict.fromkeys(names))}: {reason}' for reason, names in arms.items()]
+
 def _records(frame):
-    "A DataFrame's rows as JSON has them, null for NaN; none of no frame."
-    return [] if frame is None else json.loads(frame.to_json(orient='records'))
+    "A DataFrame's rows as JSON has them, null for NaN."
+    return json.loads(frame.to_json(orient='records'))
 
 # %% ../nbs/api/11_cli.ipynb #0f7ad94c
 def _function(
@@ -121,6 +130,16 @@ def _function(
     except Exception as e: raise ValueError(f'{argument}={name!r} cannot be imported: {type(e).__name__}: {e}') from e
 
 # %% ../nbs/api/11_cli.ipynb #4523e532
+def _arguments(
+    text:str, # 'num_classes=10, width=2'
+)->dict:
+    "Read the arguments of a call: names with plain values."
+    try:
+        call = ast.parse(f'f({text})', mode='eval').body
+        if not call.args: return {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AttributeError): pass
+    raise ValueError(f'arguments {text!r} of the model: must look like num_classes=10, width=2')
+
 def _model(
     name:str, # 'torchvision:resnet18:num_classes=10' or 'my_module:my_function'
     seed:int|None, # what the ticket's initialisation follows from
@@ -132,8 +151,7 @@ def _model(
     module, _, rest = name.partition(':')
     function, _, given = rest.partition(':')
     make = partial(get_model, function, weights=None) if module == 'torchvision' else _function(f'{module}:{function}', 'model')
-    try: kwargs = {k.arg: ast.literal_eval(k.value) for k in ast.parse(f'f({given})', mode='eval').body.keywords}
-    except (SyntaxError, ValueError): raise ValueError(f'model={name!r}: arguments must look like num_classes=10, width=2') from None
+    kwargs = _arguments(given)
     if seed is not None: set_generators(seed, 0)
     try: made = make(**kwargs)
     except Exception as e: raise ValueError(f'model={name!r} cannot be made: {type(e).__name__}: {e}') from e
@@ -178,8 +196,10 @@ def _listed(value):
 
 def _seeds(value):
     "6 or '6' for the first six; '0,3,5' or a list for these."
-    try: return [int(s) for s in _listed(value)] if isinstance(value, list) or ',' in str(value) else range(int(str(value)))
-    except (TypeError, ValueError): raise ValueError(f'seeds={value!r}: must be how many, or their numbers with commas between') from None
+    try: found = [int(s) for s in _listed(value)] if isinstance(value, list) or ',' in str(value) else range(int(str(value)))
+    except (TypeError, ValueError): found = ()
+    if not found: raise ValueError(f'seeds={value!r}: must be how many, or their numbers with commas between')
+    return found
 
 def _schedule(name, rounds):
     "A schedule by its name, with a number of rounds."
@@ -235,7 +255,7 @@ def _parts(s):
     _check(s, dict.fromkeys([*_OWN, *of_recipe, *of_pruning]))
     data = {n.removesuffix('_learner'): getattr(recipe, n) for n in recipe.__all__ if n.endswith('_learner')}
     learner = _function(s['learner'], 'learner') if 'learner' in s else _one_of('data', s['data'], data)
-    given = {k: s[k] for k in of_recipe if k in s} | dict(learner=learner, anneal=None if s['anneal'] == 'none' else s['anneal'])
+    given = {k: s[k] for k in of_recipe if k in s} | dict(learner=learner, anneal=None if str(s['anneal']).lower() == 'none' else s['anneal'])
     return recipe.Recipe(**given), Pruning(**{k: s[k] for k in of_pruning if k in s})
 
 # %% ../nbs/api/11_cli.ipynb #9d3833a2
@@ -249,31 +269,26 @@ def _experiment(
     exp = Experiment(recipe, arms, _schedule(s['schedule'], s.get('rounds')), s['sparsity'], _seeds(s['seeds']), pruning)
     try: measured, _ = recipe.make(exp.seeds[0]).metrics.attrgot('name'), exp.networks
     except ValueError: raise
-    except Exception as e: raise ValueError(f'learner={s.get("learner", s["data"])!r} failed: {type(e).__name__}: {e}') from e
+    except Exception as e: raise ValueError(f'the learner cannot be made, or does not fit the settings: {type(e).__name__}: {e}') from e
     _one_of('metric', s['metric'], dict.fromkeys(['train_loss', 'valid_loss', *measured]))
     return exp
 
 # %% ../nbs/api/11_cli.ipynb #d115133a
-@contextmanager
-def _progress(
-    run:Path, # the run's folder
-    n_epochs:float, # still to train
-):
-    "Show on stderr how many epochs are trained, until the block ends."
-    count = lambda: sum(f.read_bytes().count(b'\n') for f in run.glob('segments/*/epochs.jsonl'))
-    columns = BarColumn(), TextColumn('{task.completed:g} of {task.total:g} epochs'), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
-    began, ended = count(), threading.Event()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task('', total=n_epochs)
-        def _watch():
-            while not ended.wait(1): bar.update(task, completed=count() - began)
-        watcher = threading.Thread(target=_watch, daemon=True)
-        watcher.start()
-        try: yield
-        finally:
-            ended.set()
-            watcher.join()
-            bar.update(task, completed=count() - began)
+class _Epochs(Progress):
+    "A bar on stderr for the epochs that a run has written down."
+    def __init__(self, run, n_epochs): # the run's folder, and how many are still to train
+        columns = BarColumn(), TextColumn('{task.completed:g} of {task.total:g} epochs'), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
+        super().__init__(*columns, console=Console(stderr=True), refresh_per_second=1)
+        self.run, self.began = run, _n_epochs(run)
+        self.add_task('', total=round(n_epochs, 1))
+
+    def get_renderables(self):
+        for task in self.task_ids: self.update(task, completed=_n_epochs(self.run) - self.began)
+        return super().get_renderables()
+
+def _n_epochs(run):
+    "How many epochs are written down in a run's folder."
+    return sum(f.read_bytes().count(b'\n') for f in run.glob('segments/*/epochs.jsonl'))
 
 # %% ../nbs/api/11_cli.ipynb #0b9ec50a
 def _train(exp, s):
@@ -282,7 +297,7 @@ def _train(exp, s):
     plan = exp.plan(run)
     typer.echo(f'{exp.recipe!r}, into {run}\n{plan.note}', err=True)
     try:
-        with _progress(run, plan.left) if plan.left else nullcontext(): results = exp.run(run, s['n_jobs'], progress=False)
+        with _Epochs(run, plan.left) if plan.left else nullcontext(): results = exp.run(run, s['n_jobs'], progress=False)
         return results, _save_tickets(exp, run, results) if s['tickets'] else []
     except KeyboardInterrupt:
         typer.echo('Stopped; the same command goes on from here.', err=True)
@@ -299,16 +314,17 @@ def _save_tickets(exp, run, results):
 # %% ../nbs/api/11_cli.ipynb #792f64da
 def _judged(results, margin, metric):
     "What the results say: a document for --json, and a list for people."
-    import lth_nb.analysis # noqa: F401, gives results their table and verdict
+    from lth_nb.analysis import with_unit # and with it, results have table and verdict
     document = dict(networks=len(results.rows), failed=list(results.failed), metric=metric, margin=margin, table=[], verdicts=[], words=[])
-    failed = [f'Failed: {f["arm"]}, level {f["level"]}, seed {f["seed"]}: {f["reason"]}' for f in results.failed]
-    if not results.rows: return document, failed
+    if not results.rows: return document, _failures(results.failed)
     table = results.table(metric)
-    document['table'], shown = _records(table), [table.attrs['note'], _rich(table.to_dict('records'))]
     try: verdict = results.verdict(margin, metric)
-    except ValueError as e: return document, [*shown, f'No verdicts: {e}', *failed]
-    words = [f'{heading}: {text}' for heading, text in verdict.lines] if len(verdict.frame) else []
-    return document | dict(verdicts=_records(verdict.frame), words=words), [*shown, *words, *failed]
+    except ValueError as e: verdict, words = None, [f'No verdicts: {e}']
+    else: words = [f'{heading}: {text}' for heading, text in verdict.lines] if len(verdict.frame) else []
+    document |= dict(table=_records(table), verdicts=[] if verdict is None else _records(verdict.frame), words=words)
+    rows = table.drop(columns=['min', 'max'] + ([] if table.missing.any() else ['missing'])).rename(columns={'n_seeds': 'seeds'}).to_dict('records')
+    note = f'{with_unit(metric)} after the last step: mean over seeds and its 95 % t interval; cost in epochs trained in all'
+    return document, [note, _rich(rows), *words, *_failures(results.failed)]
 
 # %% ../nbs/api/11_cli.ipynb #be0c48a7
 def _do_compare(file, plan, as_json, **options):
@@ -366,22 +382,19 @@ def _compare(
 ): return _do_compare(**locals())
 
 # %% ../nbs/api/11_cli.ipynb #cb043aa0
-def _json_in(file):
-    "The JSON in a file of a run."
-    if not file.exists(): raise ValueError(f'{file.parent} is not the folder of a run: there is no {file.name} in it')
-    return json.loads(file.read_text('utf8'))
-
 def _networks(run):
     "The networks that a run is for, each with whether it is done."
-    wanted, epochs = _json_in(run/'experiment.json').get('networks'), {}
-    if wanted is None: # written by an earlier lth_nb, which tells at the end only
-        from lth_nb.results import Results
-        results = Results.load(run)
-        return [r | dict(done=True) for r in results.rows] + [f | dict(done=False) for f in results.failed]
-    for s in {n['segment'] for n in wanted}:
-        file = run/'segments'/s/'epochs.jsonl'
-        epochs[s] = {json.loads(line)['batch'] for line in file.read_text('utf8').splitlines()} if file.exists() else ()
-    return [n | dict(done=n['batch'] in epochs[n['segment']]) for n in wanted]
+    wanted, there = json.loads((run/'experiment.json').read_text('utf8'))['networks'], {}
+    for segment in {n['segment'] for n in wanted}:
+        file = run/'segments'/segment/'epochs.jsonl'
+        there[segment] = {json.loads(line)['batch'] for line in file.read_text('utf8').splitlines()} if file.exists() else ()
+    return [n | dict(done=n['batch'] in there[n['segment']]) for n in wanted]
+
+def _still_failed(run, left):
+    "What had failed when the run last ended, and is not done since."
+    file, key = run/'results.json', lambda f: (f['arm'], f['level'], f['seed'])
+    failed = json.loads(file.read_text('utf8'))['failed'] if file.exists() else []
+    return [f for f in failed if key(f) in {key(n) for n in left}]
 
 # %% ../nbs/api/11_cli.ipynb #c24829d9
 @app.command('status')
@@ -389,16 +402,14 @@ def _status(run:Run, as_json:AsJson=False):
     """Say what of a run is done, what is left and what failed, from its files alone.
 
     Example: [bold]lth-nb status runs/first[/bold]"""
-    networks, key = _networks(run), lambda n: (n['arm'], n['level'], n['seed'])
-    left = {key(n) for n in networks if not n['done']}
-    failed = [f for f in _json_in(run/'results.json')['failed'] if key(f) in left] if (run/'results.json').exists() else []
-    rows = {key(n)[:2]: dict(arm=n['arm'], level=n['level'], done=0, left=0) for n in networks}
-    for n in networks: rows[key(n)[:2]]['done' if n['done'] else 'left'] += 1
-    files = list(run.glob('segments/*/epochs.jsonl'))
-    n_epochs, ago = sum(f.read_bytes().count(b'\n') for f in files), round(time.time() - max((f.stat().st_mtime for f in files), default=time.time()))
-    document = dict(run=str(run), done=len(networks) - len(left), left=len(left), epochs=n_epochs, seconds_ago=ago, arms=list(rows.values()), failed=failed)
-    said = f'{run}: {document["done"]} of {len(networks)} networks done; {n_epochs} epochs trained, the last one {ago} s ago'
-    _answer(document, as_json, said, _rich(list(rows.values())), *(f'Failed when the run last ended: {f["arm"]}, level {f["level"]}, seed {f["seed"]}: {f["reason"]}' for f in failed))
+    networks = _networks(run)
+    left, rows = [n for n in networks if not n['done']], {}
+    for n in networks: rows.setdefault((n['arm'], n['level']), dict(arm=n['arm'], level=n['level'], done=0, left=0))['done' if n['done'] else 'left'] += 1
+    failed, times = _still_failed(run, left), [f.stat().st_mtime for f in run.glob('segments/*/epochs.jsonl')]
+    ago = round(time.time() - max(times)) if times else None
+    document = dict(run=str(run), done=len(networks) - len(left), left=len(left), epochs=_n_epochs(run), seconds_ago=ago, arms=list(rows.values()), failed=failed)
+    said = f'{run}: {document["done"]} networks done, {len(left)} left; {document["epochs"]} epochs trained' + (f', the last one {ago} s ago' if times else '')
+    _answer(document, as_json, said, _rich(document['arms']), *_failures(failed))
 
 # %% ../nbs/api/11_cli.ipynb #01924070
 @app.command('report')
@@ -454,4 +465,4 @@ def _apply(
     _answer(document, as_json, f'{out}: {len(state)} tensors, {found.mask.sparsity:.2f} % of the prunable weights are 0, the state of step {found.position.steps:,}')
 
 # %% ../nbs/api/11_cli.ipynb #aba43e21
-if __name__ == '__main__' and '__file__' in globals(): app() # python -m lth_nb.cli; a notebook has no file
+if __name__ == '__main__' and '__file__' in globals(): app(prog_name='lth-nb') # python -m lth_nb.cli; a notebook has no file

@@ -122,7 +122,7 @@ def _parts(value, walk, path):
 def _library_object(value):
     "The name of an object that a library keeps in one of its modules, like fastai's `rmse`."
     modules = [vars(m) for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and _is_library(name)]
-    return min((n for held in modules for n, v in list(held.items()) if v is value), default=None)
+    return min((n for held in modules for n, v in list(held.items()) if v is value and not n.startswith('_')), default=None)
 
 def digest(
     value, # plain values, arrays, functions, classes, dataclasses, and tuples, lists, dictionaries and sets of them
@@ -236,15 +236,13 @@ def _read(source, flags):
         if ast.get_docstring(node, clean=False) is not None: node.body = node.body[1:]
     return trees, tuple(_pieces(translate(flags)))
 
-_flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names if name != 'nested_scopes')
-
 def _definition(f, path):
     "The syntax tree of a function; None for a lambda."
     code, no_name = f.__code__, 'which has no name that is the same in every run'
     linecache.checkcache(code.co_filename)
     source = ''.join(linecache.getlines(code.co_filename, f.__globals__))
     if not source: raise ValueError(f'{path}, {no_name}: its source cannot be read (eval and exec keep none); write it in a file or in a notebook cell')
-    try: trees, pieces = _read(source, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | code.co_flags & _flags)
+    try: trees, pieces = _read(source, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | code.co_flags & __future__.annotations.compiler_flag) # a cell may have switched it on for the next
     except SyntaxError: trees, pieces = {}, ()
     found = min((p for p in pieces if _alike(p, code)), key=lambda p: p.co_firstlineno != code.co_firstlineno, default=None)
     if found is None: raise ValueError(f'{path}, {no_name}: what runs is not what {code.co_filename} says now; import it again, or start anew')
@@ -369,7 +367,6 @@ def _items(data, path):
         set_generators(0, 0)
         looks.append(digest(data[0], f'{path}[0]'))
     if len(set(looks)) > 1: raise ValueError(f'{path}[0] is another one each time, by a generator that no seed sets: use those of random, numpy or torch')
-    set_generators(0, 0)
     return [digest(data[i], f'{path}[{i}]') for i in range(len(data))]
 
 def _served(data, path):

@@ -11,6 +11,7 @@ __all__ = ['pack_point', 'unpack_point', 'Store', 'batch_of']
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ class Store:
 
     def save(self, file, packed): # a dict for `torch.save`
         file.parent.mkdir(parents=True, exist_ok=True)
-        with written(file) as f: torch.save(packed, f)
+        torch.save(packed, buffer := BytesIO())  # in memory first: a full disk is then reported as one
+        with written(file) as f: f.write(buffer.getbuffer())
 
     def load(self, state): # a `State` that is there
         "The rewind point of a state."
@@ -103,9 +105,9 @@ def drop_checkpoints(self:Store, state):
 
 @patch
 def resume(self:Store, segment, batch, n_batches)->Path|None: # None if it has to start
-    "The file of the last epoch's end that is not behind a position."
+    "The file of the last epoch's end before a position."
     files = [f for kind in ('state', 'checkpoint') for f in self.folder(segment).glob(f'{kind}-*.pt')]
-    return max((f for f in files if batch_of(f) <= batch and batch_of(f) % n_batches == 0), key=batch_of, default=None)
+    return max((f for f in files if batch_of(f) < batch and batch_of(f) % n_batches == 0), key=batch_of, default=None)
 
 def batch_of(file:Path)->int: # the position of its state, in batches
     "Read the position from the name of a state or checkpoint."

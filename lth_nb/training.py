@@ -162,9 +162,9 @@ def after_epoch(self:SegmentCallback):
     values = dict(zip(self.learn.recorder.metric_names[1:], self.learn.recorder.values[-1]))
     row = dict(epoch=self._position.epoch, batch=self.batch, steps=self._position.steps, **{**values, 'train_loss': float(self._sum/max(self._n, 1))})
     self.epochs.append({k: v for k, v in row.items() if k not in ('sparsity', 'time')} | dict(seconds=round(time.time() - self._began, 3)))
-    self.store.write_epochs(self.segment, self.epochs)
     state = State(self.segment, self.batch)
     self._save(self.sparsifier.take(self._position), self.store.state_file(state) if self.batch in self.batches else self.store.checkpoint(state))
+    self.store.write_epochs(self.segment, self.epochs)  # last: where an epoch is written down, its state is there
     self.store.drop_checkpoints(state)
 
 # %% ../nbs/api/09e_training.ipynb #0ed6c0b2
@@ -205,9 +205,10 @@ def train_segment(
     sp = Sparsifier(learn.model, mask=mask) if mask is not None else Sparsifier(learn.model, layers=pruning.layers, ignore=pruning.ignore)
     sp.connect(learn.opt, loaders=[learn.dls.train])
     if 0 in batches and store.result(State(segment, 0)) is None: _untrained(learn, store, segment)
-    missing = [b for b in batches if not store.has(State(segment, b))]
+    n = len(learn.dls.train)
+    missing = [b for b in batches if not store.has(State(segment, b)) or (b % n == 0 and store.result(State(segment, b)) is None)]
     if not missing: return
-    file = store.resume(segment, min(missing), len(learn.dls.train))
+    file = store.resume(segment, min(missing), n)
     if file is None: point = store.start(recipe, learn, segment)
     else:
         point = unpack_point(torch.load(file, weights_only=True))
