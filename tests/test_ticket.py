@@ -507,11 +507,13 @@ def _without_extra(m): m.counter = nn.Identity()
 def _more_extra(m): m.second = Counter()
 def _frozen(m): m.conv.weight.requires_grad = False
 def _all_frozen(m): m.requires_grad_(False)
-def _refusing_extra(m): m.counter.__class__ = type('Refusing', (Counter,), dict(set_extra_state=_refuse_once))
-def _refuse_once(self, state):
-    if state['seen'] == 3 and not hasattr(self, 'asked'):
-        self.asked = True
-        raise RuntimeError('not this')
+def _refusing_extra(m, error=RuntimeError('not this')):
+    "The extra state is refused once, after the tensors are in."
+    class Refusing(Counter):
+        def set_extra_state(self, state):
+            if error := self.__dict__.pop('error', None): raise error
+    m.counter = Refusing()
+    m.counter.error = error
 
 OTHERS = {'wider': (lambda m: setattr(m, 'fc', nn.Linear(6, 5)), 'fc.weight is .* shape'), 'a layer more': (lambda m: setattr(m, 'more', nn.Linear(2, 2)), 'more.bias. is in the model only'),
           'a layer less': (lambda m: delattr(m, 'fc'), 'fc.bias. is in the ticket only'), 'a buffer less': (lambda m: delattr(m, 'scale'), 'scale. is in the ticket only'),
@@ -522,6 +524,12 @@ OTHERS = {'wider': (lambda m: setattr(m, 'fc', nn.Linear(6, 5)), 'fc.weight is .
 @pytest.mark.parametrize('change, says', OTHERS.values(), ids=OTHERS)
 def test_another_models_ticket(change, says):
     refuses_changes(found(Net())[2], Other(change), says)
+
+
+def test_an_interruption_stays_one():
+    model = Other(lambda m: (_refusing_extra(m, KeyboardInterrupt()), nn.init.ones_(m.conv.weight)))
+    with pytest.raises(KeyboardInterrupt): found(Net())[2].apply(model)
+    assert (model.conv.weight == 1).all()
 
 
 @pytest.mark.parametrize('change, says', [(dict(criteria='one of my own'), 'one of my own'), (dict(granularity='stripe'), 'stripe'), (dict(context='nowhere'), 'nowhere'), (dict(rates={'ghost': 50}), 'ghost'),
@@ -557,9 +565,15 @@ def test_the_fuzzers_good_inputs_are_good(tmp_path):
 
 
 @pytest.mark.slow
+def test_many_damaged_headers(tmp_path):
+    became = [try_input(b'\2' + str(seed).encode(), tmp_path/'t') for seed in range(1000, 21000)]
+    assert len(set(became)) == 3
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='atheris has wheels for Linux only')
-def test_a_minute_of_atheris():
+def test_a_minute_of_atheris(tmp_path):
     "Not skipped where atheris is missing: then this fails, and says how to get it."
-    done = subprocess.run([sys.executable, Path(__file__).with_name('fuzz_ticket.py'), '-max_total_time=60'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, Path(__file__).with_name('fuzz_ticket.py'), '-max_total_time=60'], capture_output=True, text=True, cwd=tmp_path)
     assert 'No module named' not in done.stderr, 'pip install atheris'
     assert done.returncode == 0 and 'Done ' in done.stderr, done.stderr[-3000:]
