@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
-from .criteria import get_criterion, large_final
+from .criteria import Criterion, get_criterion, large_final
 from .granularity import check_granularity
 from .naming import digest
 from .rewind import check_optimizer_choice
@@ -68,6 +68,15 @@ class Pruning:
         check_granularity(self.granularity); check_context(self.context, self.granularity)
         object.__setattr__(self, 'criteria', get_criterion(self.criteria))
         if self.rates is not None and not isinstance(self.rates, Mapping): raise ValueError(f'rates={self.rates!r} is no mapping: give {{name or pattern: percent}}')
+
+    def __getstate__(self):
+        "For other processes: a criterion that a notebook defines goes along."
+        c = self.criteria
+        return vars(self) | dict(criteria=(c.name, c.score, c.needs, c.elementwise) if c.score.__module__ == '__main__' else c)
+
+    def __setstate__(self, state):
+        if isinstance(state['criteria'], tuple): state['criteria'] = Criterion(*state['criteria'])
+        vars(self).update(state)
 
 @dataclass(frozen=True, eq=False)
 class Pruned(_Named):
@@ -239,8 +248,7 @@ def _kept_weights(grid, seed, level, n_epochs, anneals, lr):
     if level == 0: return grid.dense(seed)
     before = _kept_weights(grid, seed, level - 1, n_epochs, anneals, lr)
     begin = grid.end - n_epochs(grid)
-    if begin >= grid.end: raise ValueError('epochs is less than one batch: give whole epochs')
-    if begin % grid.n_batches: raise ValueError(f'epochs={n_epochs(grid)/grid.n_batches:g} begins inside an epoch, where only a rewind point can: give whole epochs')
+    if begin % grid.n_batches or begin >= grid.end: raise ValueError(f'epochs={n_epochs(grid)/grid.n_batches:g} begins inside an epoch, where only a rewind point can: give whole epochs')
     if begin < 0: raise ValueError(f'epochs={n_epochs(grid)/grid.n_batches:g} is more than the {grid.epochs} of a level')
     span = grid.span if anneals else None
     lr = lr or (None if span or not grid.anneals else grid.last_lr)

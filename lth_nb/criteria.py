@@ -11,6 +11,7 @@ __all__ = ['Criterion', 'criterion', 'get_criterion', 'large_final', 'squared_fi
 
 # %% ../nbs/api/03_criteria.ipynb #5b39c06c
 import hashlib
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ class Criterion:
 
     def __call__(self, **inputs): return self.score(**{n: inputs[n] for n in self.needs})
     def __repr__(self): return f'{self.name}({", ".join(self.needs)})'
-    def __reduce__(self): return (get_criterion, (self.name,)) if _criteria.get(self.name) is self else super().__reduce__()
+    def __reduce__(self):
+        "By name, so that it stays the registered one; another process imports its module first."
+        return (_from_module, (self.score.__module__, self.name)) if _criteria.get(self.name) is self else super().__reduce__()
 
 # %% ../nbs/api/03_criteria.ipynb #cc210e5a
 def criterion(
@@ -49,6 +52,10 @@ def criterion(
         if n not in _inputs: raise ValueError(f'the criterion {fn.__name__} asks for {n!r}: its inputs can be {", ".join(_inputs)}')
     _criteria[fn.__name__] = Criterion(fn.__name__, fn, needs, elementwise)
     return _criteria[fn.__name__]
+
+def _from_module(module, name):
+    importlib.import_module(module)
+    return get_criterion(name)
 
 def get_criterion(
     criteria, # a criterion or the name of one

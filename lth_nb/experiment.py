@@ -23,15 +23,15 @@ from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .arms import Arm, Grid, Pruning, graph, n_trained, needs
+from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, graph, n_trained, needs
 from .files import written
+from .granularity import has_followers
 from .mask import check_sparsity
 from .naming import digest, fingerprint, versions
 from .recipe import Recipe
 from .results import Results, load_mask
 from .rewind import RewindPoint
 from .schedule import Schedule, iterative
-from .sparsifier import Sparsifier
 from .store import Store, batch_of
 from .ticket import Ticket
 from .training import attempt_segment, generators_kept, make_learner, make_sparsifier, schedules
@@ -97,6 +97,9 @@ def networks(self:Experiment)->dict: # (arm, level, seed) -> the state whose res
     "All networks that are compared."
     if '_networks' not in self.__dict__:
         found = {(a, level, seed): a.make(self.grid, seed, level) for seed in self.seeds for a in self.arms for level in a.levels_in(self.grid)}
+        moved = next((a for (a, *_), s in found.items() if isinstance(s.segment.mask, (Shuffled, Anywhere))), None)
+        if moved and has_followers(self.pruning.granularity):
+            raise ValueError(f'{moved.name} moves weights one by one, and granularity={self.pruning.granularity!r} cuts filters with what follows them: leave it out')
         object.__setattr__(self, '_networks', found)
     return self._networks
 
@@ -259,13 +262,16 @@ def ticket(self:Experiment,
     "Take a ticket out of a run."
     found = next((a for a in self.arms if a is arm or a.name == arm), None)
     if found is None: raise ValueError(f'arm={arm!r} is not in this experiment, which has {", ".join(a.name for a in self.arms)}')
-    level, seed = found.levels_in(self.grid)[-1] if level is None else level, self.seeds[0] if seed is None else seed
+    levels = found.levels_in(self.grid)
+    level, seed = levels[-1] if level is None else level, self.seeds[0] if seed is None else seed
+    if level not in levels: raise ValueError(f'level={level!r} of {found.name} is not in this experiment, which has {levels}')
     store, segment = Store(Path(path).absolute(), self._seen[1]), found.make(self.grid, seed, level).segment
     if segment.mask is None: raise ValueError(f'arm={found.name!r} is not pruned: there is no ticket in it')
     if not store.mask_file(segment.mask).exists(): raise ValueError(f'path={str(path)!r} has no network of {found.name}, level {level}, seed {seed} yet: run the experiment')
+    if not all(map(store.has, needs(replace(segment, mask=None)))): raise ValueError(f'path={str(path)!r} has not kept the weights that {found.name} starts from: run with keep_states=True')
     with generators_kept():
         learn = make_learner(self.recipe, segment)
         learn.create_opt()
         point = store.start(self.recipe, learn, segment)
-        sparsifier = Sparsifier(learn.model, self.pruning.granularity, self.pruning.context, self.pruning.criteria, mask=load_mask(store.mask_file(segment.mask)))
+        sparsifier = make_sparsifier(learn, self.pruning, seed, load_mask(store.mask_file(segment.mask)))
     return Ticket.from_sparsifier(sparsifier, point, recipe=repr(self.recipe), seed=seed)

@@ -19,7 +19,7 @@ import torch
 from fastai.callback.core import CancelFitException
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.schedule import ParamScheduler, SchedCos, combined_cos
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
@@ -63,10 +63,11 @@ def make_sparsifier(
     learn:Learner, # whose model is pruned
     how:Pruning, # how masks are made
     seed:int, # for criteria that draw
-)->Sparsifier: # with a full mask
+    mask:Mask|None=None, # to start from; default: a full one
+)->Sparsifier: # of the learner's model
     "Make the sparsifier of a segment."
     batch = one_input(learn) if has_followers(how.granularity) else None
-    return Sparsifier(learn.model, how.granularity, how.context, how.criteria, how.layers, how.ignore, how.rates, batch, seed, how.allow_empty)
+    return Sparsifier(learn.model, how.granularity, how.context, how.criteria, how.layers, how.ignore, how.rates, batch, seed, how.allow_empty, mask)
 
 def _prune(store, recipe, node):
     "Prune a trained network, as its sparsifier would have done in one fit; the mask, and the values before it where the criterion asks for them."
@@ -185,7 +186,8 @@ def _fit(learn, recipe, segment, callback, end):
 
 def _untrained(learn, store, segment):
     "Write down what a network gives that is not trained at all."
-    with learn.no_bar(), learn.no_logging(): values = learn.validate()
+    onlookers = [cb for cb in learn.cbs if cb.order > Recorder.order]  # which expect a fit
+    with learn.no_bar(), learn.no_logging(), learn.removed_cbs(onlookers): values = learn.validate()
     names = ['valid_loss', *learn.metrics.attrgot('name')]
     store.write_epochs(segment, [dict(epoch=0, batch=0, steps=0, **dict(zip(names, values)))])
 
