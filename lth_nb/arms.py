@@ -240,7 +240,7 @@ def one_shot_ticket(
     "Prune the dense network at once to each level, rewind, train. Source: Frankle & Carbin 2019, section 2"
     rewind = _Rewind(rewind_epoch, rewind_step)
     make = partial(_imp, rewind=rewind, full_epochs=False, optimizer=check_optimizer_choice(optimizer), at_once=True)
-    return Arm(name or f'one shot → {rewind}', make, rewind=rewind)
+    return Arm(name or f'one shot → {rewind}' + (f', optimizer {optimizer}' if optimizer != 'fresh' else ''), make, rewind=rewind)
 
 # %% ../nbs/api/09b_arms.ipynb #a76994b6
 def _kept_weights(grid, seed, level, n_epochs, anneals, lr):

@@ -35,7 +35,7 @@ def _cell(value):
     "One cell; numbers have few digits and stand at the right."
     if isinstance(value, Real) and not isinstance(value, bool):
         return f'<td class="number">{"–" if value != value else value if isinstance(value, int) else short_number(value)}</td>'
-    return f'<td{" class=long" if len(str(value)) > 40 else ""}>{escape(str(value))}</td>'
+    return f'<td>{escape(str(value))}</td>'
 
 def table_html(
     table:Table, # with a note, or without
@@ -86,8 +86,7 @@ h2{margin:2.5rem 0 .5rem;border-bottom:1px solid var(--line)}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
 table{border-collapse:collapse;font-size:.9rem;width:100%;overflow-wrap:normal}
 th,td{padding:.35rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-td:not(:first-child):not(.long),th{white-space:nowrap}
-td:first-child,.long{min-width:10rem}
+td:not(.number){min-width:8rem}
 th{background:var(--box)}
 .number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 figure{margin:1.5rem 0;max-width:26rem}
@@ -139,7 +138,7 @@ def _failed(self):
 
 def _settings(self):
     "The part with how it was made."
-    line = lambda value: value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    line = lambda value: (value or '–') if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     text = lambda value: '\n'.join(f'{k}: {line(v)}' for k, v in value.items()) if isinstance(value, dict) else line(value)
     return ''.join(f'<p><strong>{escape(str(k))}</strong></p><pre>{escape(text(v))}</pre>' for k, v in self.info.items()) or '<p>Not recorded.</p>'
 

@@ -107,7 +107,8 @@ def drop_checkpoints(self:Store, state):
 def resume(self:Store, segment, batch, n_batches)->Path|None: # None if it has to start
     "The file of the last epoch's end before a position."
     files = [f for kind in ('state', 'checkpoint') for f in self.folder(segment).glob(f'{kind}-*.pt')]
-    return max((f for f in files if batch_of(f) < batch and batch_of(f) % n_batches == 0), key=batch_of, default=None)
+    told = {row['batch'] for row in self.epochs(segment)}  # an epoch that is not written down is trained again
+    return max((f for f in files if batch_of(f) < batch and batch_of(f) % n_batches == 0 and batch_of(f) in told), key=batch_of, default=None)
 
 def batch_of(file:Path)->int: # the position of its state, in batches
     "Read the position from the name of a state or checkpoint."
