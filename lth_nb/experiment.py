@@ -80,7 +80,10 @@ def _look(self:Experiment):
         anneals = self.recipe.anneal is not None
         last = float(schedules(self.recipe, self.recipe.lr)['lr'](1 - 1/(self.recipe.epochs*n))) if anneals else self.recipe.lr
         grid = Grid(self.recipe.epochs, n, self.schedule.levels(self.sparsity), p, anneals, self.recipe.lr, last)
-        return grid, digest((self.recipe.name, fingerprint(learn.dls))), sum(w.numel() for w in weights.values())
+        data = fingerprint(learn.dls)
+        if any(fingerprint(self.recipe.make(s).dls) != data for s in self.seeds[1:2]):
+            raise ValueError("the learner's data differs from seed to seed: split it into training and validation by a seed of its own")
+        return grid, digest((self.recipe.name, data)), sum(w.numel() for w in weights.values())
 
 @patch(as_prop=True)
 def _seen(self:Experiment):

@@ -37,7 +37,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from lth_nb.callback import Seeded
 from lth_nb.cpu import FastCPU
 from lth_nb.data import digits_dls
-from lth_nb.naming import _hash, digest, fingerprint, versions
+from lth_nb.naming import _hash, _library_name, digest, fingerprint, versions
 from lth_nb.recipe import Recipe, digits_learner, imagenette_learner
 
 TESTS = Path(__file__).parent
@@ -122,13 +122,14 @@ make.mark = 23
 def dotted(): return h.scale(helpers.deep.CONSTANT)
 ''',
 'helpers/__init__.py': '''
-from . import deep
+from . import also, deep
 def scale(x): return x*deep.CONSTANT
 def unused(x): return x
 class Base:
     def hello(self): return scale(self)
 ''',
 'helpers/deep.py': 'CONSTANT = 7\ndef unused(): return 3\n',
+'helpers/also.py': 'VALUE = 3\n',
 'helpers/late.py': 'def late(): return 9\n',
 'helpers/named.py': 'def chosen(): return 1\ndef not_chosen(): return 1\n',
 }
@@ -175,7 +176,7 @@ CHANGES = [*NUMBERS,
     ('project.py', '@torch.no_grad()', '@torch.enable_grad()'), ('project.py', '    @property\n    def wide', '    def wide'), ('project.py', 'class Net(Base)', 'class Net'),
     ('project.py', 'lambda x: x + 13, lambda x: x + 14', 'lambda x: x + 14, lambda x: x + 13'), ('project.py', 'maxsize=WIDTH', 'maxsize=WIDTH + 1'),
     ('helpers/__init__.py', 'x*deep.CONSTANT', 'x - deep.CONSTANT'), ('helpers/__init__.py', 'scale(self)', '-scale(self)'), ('helpers/deep.py', 'CONSTANT = 7', 'CONSTANT = 7.'),
-    ('helpers/late.py', 'return 9', 'return 8'), ('helpers/named.py', 'def chosen(): return 1', 'def chosen(): return 2')]
+    ('helpers/also.py', 'VALUE = 3', 'VALUE = 4'), ('helpers/late.py', 'return 9', 'return 8'), ('helpers/named.py', 'def chosen(): return 1', 'def chosen(): return 2')]
 NEUTRAL = [('project.py', '    # a comment\n', ''), ('project.py', '"Make it."', '"Make it well."'), ('project.py', '"A network."\n', '\n'), ('project.py', 'import helpers\n', '\n\nimport helpers\n'),
     ('project.py', 'return inner, Color, Settings(22), Net,', 'return inner, \\\n        Color, Settings( 22, # two\n        ), Net,'),
     ('project.py', 'def inner(x=21): return Local', 'def inner(x=21):\n        # anew\n        return Local'), ('project.py', "{'relu', 'gelu'}", "{'gelu', 'relu'}"),
@@ -220,7 +221,7 @@ import json, sys
 from fractions import Fraction
 from pathlib import Path
 import numpy as np, torch
-from lth_nb.naming import _hash, digest, fingerprint, versions
+from lth_nb.naming import _hash, _library_name, digest, fingerprint, versions
 from lth_nb.data import digits_dls
 from lth_nb.recipe import Recipe, digits_learner
 sys.path.insert(0, sys.argv[1])
@@ -357,6 +358,16 @@ def test_objects_that_a_library_keeps_have_its_name():
     with pytest.raises(ValueError, match='a AccumMetric'): digest(type(rmse)(len))
 
 
+def test_this_package_counts_as_a_library():
+    def outside(): return digits_learner()
+    assert [_library_name(o) for o in (digits_learner, Recipe, digest, outside, Net)] == ['lth_nb.recipe.digits_learner', 'lth_nb.recipe.Recipe', 'lth_nb.naming.digest', None, None]
+
+
+def test_which_function_stands_where_counts(tmp_path):
+    f, g = (defined(tmp_path, f'def f(): return {i}') for i in range(2))
+    assert len({digest(o) for o in ((f, g), (g, f), (f, g, f), (f, g, g), {'a': f, 'b': g}, {'a': g, 'b': f})}) == 6
+
+
 def test_what_contains_itself_is_refused():
     circle = [1]
     circle.append(circle)
@@ -376,6 +387,9 @@ def test_a_cell_of_a_notebook_has_a_source():
     assert digest(shell.user_ns['f']) != first
     cell('K = 1\nclass A:\n    def g(self): return -K')
     assert digest(shell.user_ns['f']) != first
+    cell('from __future__ import annotations')
+    cell('def f():\n    def g(x: int): return x\n    return g')
+    assert digest(shell.user_ns['f'])
 
 
 # ------------------------------------------------------------------ values
@@ -487,6 +501,15 @@ def test_files_in_a_table_count_by_their_pictures(tmp_path):
     table.loc[3, 'label'] = 'b'
     Image.fromarray(np.full((16, 16, 3), 1, np.uint8)).save(tmp_path/'valid/light/7.png')
     assert made() != found
+
+
+def test_names_count_below_the_common_folder(tmp_path):
+    def made(*names):
+        for name in names:
+            (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path/name)
+        return fingerprint(DataLoaders.from_dsets(*[Datasets([tmp_path/name for name in names], [[PILImage.create], [lambda f: 1]])]*2, dl_type=TfmdDL))
+    assert made('a/1.png', 'b/2.png') == made('moved/a/1.png', 'moved/b/2.png') != made('a/1.png', 'c/2.png')
 
 
 class Drawn(Dataset):
