@@ -20,6 +20,6 @@ setup(
     packages=find_packages(include=['lth_nb', 'lth_nb.*']),
     install_requires=cfg['requirements'].split(),
     extras_require=dict(dev=cfg['dev_requirements'].split(), bench=cfg['bench_requirements'].split()),
-    entry_points={'nbdev': ['lth_nb=lth_nb._modidx:d']},
+    entry_points={'nbdev': ['lth_nb=lth_nb._modidx:d'], 'console_scripts': cfg['console_scripts'].split()},
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
 )

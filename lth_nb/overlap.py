@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from fastcore.basics import listify, patch
 
-from .analysis import Table, noted_table
+from .analysis import NotedTable, noted_table
 from .mask import Mask
 from .plots import legend_above, looks, rows_for
 from .results import Results
@@ -37,7 +37,7 @@ def layers(self:Results,
     arms:str|list|None=None, # default: tickets and baselines
     level:int|None=None, # default: the last of each arm
     sparsity:float|None=None, # percent, instead of a level
-)->Table: # a row for each layer of each network
+)->NotedTable: # a row for each layer of each network
     "Show the sparsity of every layer."
     rows = [dict(arm=arm, level=lvl, seed=seed, layer=layer, sparsity=cut) for arm, lvl, seed in _masked(self, arms, level, sparsity)
             for layer, cut in layer_sparsity(self.mask(arm, lvl, seed)).items()]
@@ -82,7 +82,7 @@ def overlaps(self:Results,
     arms:str|list|None=None, # default: tickets and baselines
     level:int|None=None, # default: the last of each arm
     sparsity:float|None=None, # percent, instead of a level
-)->Table: # a row a pair: two arms of a seed, or two seeds of an arm
+)->NotedTable: # a row a pair: two arms of a seed, or two seeds of an arm
     "Show how much the masks of arms and of seeds have in common."
     masks, rows = {key: self.mask(*key) for key in _masked(self, arms, level, sparsity)}, []
     for (arm, at, seed), (other, other_at, other_seed) in combinations(masks, 2):

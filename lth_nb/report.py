@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from fastcore.basics import patch
 
 import lth_nb.overlap  # puts plot_layers and plot_overlap on Results
-from .analysis import Table, short_number, with_unit
+from .analysis import NotedTable, short_number, with_unit
 from .files import written
 from .results import Results
 
@@ -38,7 +38,7 @@ def _cell(value):
     return f'<td>{escape(str(value))}</td>'
 
 def table_html(
-    table:Table, # with a note, or without
+    table:NotedTable, # with a note, or without
     title:str, # for those who hear the page
 )->str:
     "Write a table in a box that scrolls by itself, with its note above; columns without a word are left out."

@@ -219,6 +219,8 @@ def test_one_seed_has_a_mean_and_nothing_else():
 def test_equal_differences_are_said_and_raise_no_warning(recwarn):
     same, more = (made({('imp', 1): np.array([.9, .91, .92]) + d, ('dense', 0): [.9, .91, .92]}) for d in (0, .01))
     assert same.compare('imp', 'dense').p[0] == 1 and more.compare('imp', 'dense').p[0] == 0
+    rounded = made({('imp', 1): np.float32([340/360, 341/360, 352/360]).astype(float), ('dense', 0): np.float32([339/360, 340/360, 351/360]).astype(float)})
+    assert rounded.compare('imp', 'dense').note[0] == 'the same difference in every seed'
     assert 'the same difference in every seed' in same.compare('imp', 'dense').note[0] and 'the same difference' in more.verdict().lines[0][1]
     assert not recwarn.list
 
@@ -351,16 +353,25 @@ def test_the_words_say_what_is_missing():
 
 # Pictures
 
-def test_pictures_use_the_axes_they_are_given_and_leave_the_settings_alone(tmp_path):
-    results, settings = with_masks(example(), tmp_path/'run'), dict(matplotlib.rcParams)
+SETTINGS = dict(matplotlib.rcParams)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "Results with masks, and their page."
+    results = with_masks(example(), tmp_path_factory.mktemp('run'))
+    return results, results.report(results.path/'report.html', margin=2)
+
+
+def test_pictures_use_the_axes_they_are_given_and_leave_the_settings_alone(run):
+    results, _ = run
     for draw in (results.plot_arms, results.plot_sparsity, results.plot_epochs, results.plot_layers, results.plot_overlap):
         ax = matplotlib.figure.Figure().subplots()
         assert draw(ax=ax) is ax and ax.has_data() and ax.get_xlabel()
         fresh = draw()
         assert fresh.figure.get_facecolor() == (1, 1, 1, 1)  # black text on it can be read in a dark notebook
         plt.close(fresh.figure)
-    results.report(tmp_path/'report.html')
-    assert dict(matplotlib.rcParams) == settings and not plt.get_fignums()
+    assert dict(matplotlib.rcParams) == SETTINGS and not plt.get_fignums()
 
 
 def test_every_seed_is_a_dot_and_the_mean_is_where_it_should_be():
@@ -379,6 +390,7 @@ def test_high_sparsities_have_room():
     assert [float(t.get_text()) for t in ax.get_xticklabels()] == [50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]
 
 
+@pytest.mark.filterwarnings('error')
 def test_one_level_and_one_seed_can_be_drawn():
     results = made({('dense', 0): [.9], ('imp', 1): [.8]})
     for draw in (results.plot_sparsity, results.plot_arms): assert draw(ax=matplotlib.figure.Figure().subplots()).has_data()
@@ -436,13 +448,6 @@ def test_nothing_in_a_name_becomes_markup(tmp_path):
     page = results.report(tmp_path/'r.html', title=HOSTILE).read_text()
     assert '<img src=x' not in page and 'script>' not in page and page.count('<img ') == page.count('<img src="data:image/svg+xml;base64,') == 3
     assert page.count('&lt;img src=x') > 10
-
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    "Results with masks, and their page."
-    results = with_masks(example(), tmp_path_factory.mktemp('run'))
-    return results, results.report(results.path/'report.html', margin=2)
 
 
 def test_the_page_is_the_same_bytes_and_needs_nothing_else(run, tmp_path):

@@ -64,7 +64,7 @@ def test_the_wheel_says_what_settings_say(tmp_path):
     for extra in ('dev', 'bench'):
         assert parsed(n for n in needs if f'"{extra}"' in n) == parsed(settings[f'{extra}_requirements'].split())
     assert (metadata['Version'], metadata['Summary'], metadata['Name']) == (settings['version'], settings['description'], settings['lib_name'])
-    assert metadata['Requires-Python'] == f">={settings['min_python']}" and 'lth_nb._modidx:d' in read('entry_points.txt')
+    assert metadata['Requires-Python'] == f">={settings['min_python']}" and all(e in read('entry_points.txt') for e in ('lth_nb._modidx:d', 'lth-nb = lth_nb.cli:app'))
     assert {f'lth_nb/{m}.py' for m in ORDER} <= set(wheel.namelist()) and 'Description-Content-Type: text/markdown' in read('METADATA')
 
 
