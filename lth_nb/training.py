@@ -23,6 +23,7 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from joblib.externals.loky import get_reusable_executor
 
 from .arms import Anywhere, Pruning, Segment, Shuffled, State
 from .callback import MaskCallback, PathCallback, Seeded, one_input
@@ -219,8 +220,6 @@ def train_segment(
     _fit(learn, recipe, segment, SegmentCallback(sp, store, segment, missing, point, epochs), max(missing))
 
 # %% ../nbs/api/09e_training.ipynb #1a532110
-_one_at_a_time = threading.Lock()  # the generators belong to the whole process
-
 def attempt_segment(
     store:Store, # where everything lies
     recipe:Recipe, # how it is trained
@@ -229,9 +228,11 @@ def attempt_segment(
     batches:Sequence, # positions whose states are wanted
 ): # the segment, and None, 'busy' or why it failed
     "Train a segment, unless another process does; say what went wrong."
+    if threading.current_thread() is not threading.main_thread():  # a cluster's worker has threads of its own that draw from the generators
+        return get_reusable_executor(max_workers=1).submit(attempt_segment, store, recipe, pruning, segment, batches).result()
     store.folder(segment).mkdir(parents=True, exist_ok=True)
     try:
-        with _one_at_a_time, FileLock(store.folder(segment)/'lock', timeout=0), generators_kept(): train_segment(store, recipe, pruning, segment, batches)
+        with FileLock(store.folder(segment)/'lock', timeout=0), generators_kept(): train_segment(store, recipe, pruning, segment, batches)
     except Timeout: return segment, 'busy'
     except Exception as e: return segment, f'{type(e).__name__}: {e}'
     return segment, None
