@@ -6,10 +6,9 @@ Docs: https://lth-nb.github.io/lth_nb/api/training.html.md"""
 
 # %% auto #0
 __all__ = ['make_learner', 'generators_kept', 'make_sparsifier', 'SegmentCallback', 'schedules', 'train_segment',
-           'attempt_segment']
+           'attempt_segment', 'attempt_apart']
 
 # %% ../nbs/api/09e_training.ipynb #aeda2147
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -228,11 +227,16 @@ def attempt_segment(
     batches:Sequence, # positions whose states are wanted
 ): # the segment, and None, 'busy' or why it failed
     "Train a segment, unless another process does; say what went wrong."
-    if threading.current_thread() is not threading.main_thread():  # a cluster's worker has threads of its own that draw from the generators
-        return get_reusable_executor(max_workers=1).submit(attempt_segment, store, recipe, pruning, segment, batches).result()
     store.folder(segment).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(store.folder(segment)/'lock', timeout=0), generators_kept(): train_segment(store, recipe, pruning, segment, batches)
     except Timeout: return segment, 'busy'
     except Exception as e: return segment, f'{type(e).__name__}: {e}'
     return segment, None
+
+# %% ../nbs/api/09e_training.ipynb #4b682c66
+def attempt_apart(
+    *args, # of `attempt_segment`
+): # what that gives
+    "Train a segment in a process of its own, which lives on for the next one."
+    return get_reusable_executor(max_workers=1).submit(attempt_segment, *args).result()

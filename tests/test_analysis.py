@@ -3,6 +3,7 @@ import json
 import math
 import re
 import zipfile
+from base64 import b64decode
 from dataclasses import replace
 
 import matplotlib
@@ -454,6 +455,8 @@ def test_the_page_is_the_same_bytes_and_needs_nothing_else(run, tmp_path):
     results, file = run
     first, second = file.read_bytes(), results.report(tmp_path/'2.html', margin=2).read_bytes()
     assert first == second and not re.search(rb'(src|href)="(?!data:)|url\(|@import|<script', first) and first.count(b'<img ') == 5
+    pictures = [b64decode(svg).decode() for svg in re.findall(rb'svg\+xml;base64,([^"]+)', first)]
+    assert all('#000000' not in svg and 'currentColor' in svg for svg in pictures)  # black on a dark page is nothing
 
 
 def test_the_page_has_verdicts_tables_failures_and_settings(run):

@@ -22,7 +22,7 @@ from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import SGD, OptimWrapper
 from helpers_experiment import (Rounds, differences, digits, left, lenet, masks, of_points, pictures, points, row_of, seed_inside, state_of, states, store_of,
                                 trained_batches)
-from helpers_fastai import different, generators_kept, opt_stats, same, small_dls, small_model, tensors_of
+from helpers_fastai import Items, different, generators_kept, opt_stats, same, small_dls, small_model, tensors_of
 from torch import nn
 
 from lth_nb.arms import (Arm, Pruning, State, dense, dense_long, finetune, imp, lr_rewind, one_shot_ticket, random_mask, reinit, shuffled, supermask)
@@ -402,7 +402,7 @@ def by_hand_of_seed(recipe, epochs, seed):
 def test_without_states_only_numbers_and_masks_are_left(tmp_path):
     exp = experiment(COMPARISONS['controls'])
     kept, results = run(exp, tmp_path/'kept'), run(exp, tmp_path/'run', keep_states=False)
-    assert not list((tmp_path/'run').rglob('*.pt')) and len(list((tmp_path/'kept').rglob('state-*.pt'))) > 10
+    assert not list((tmp_path/'run').rglob('*.pt')) and len(list((tmp_path/'kept').rglob('state-*.pt'))) > 5
     found, expected = left(tmp_path/'run'), left(tmp_path/'kept')
     del found['states'], expected['states']
     assert differences(found, expected) == [] and len(results.rows) == len(kept.rows)
@@ -540,7 +540,7 @@ def fragile(fails=()):
 def test_a_seed_that_fails_takes_nothing_else_down(tmp_path, monkeypatch):
     monkeypatch.delenv('LTH_NB_TEST_REPAIRED', raising=False)
     recipe = Recipe(fragile, 2, lr=1e-2, options=dict(fails=(seed_inside(2),)))
-    exp = experiment([dense(), T0, reinit(of=T0)], recipe, seeds=[0, 2, 1])
+    exp = experiment([dense(), T0, reinit(of=T0)], recipe, seeds=[0, 1, 2])
     results = run(exp, tmp_path/'run')
     assert {r['seed'] for r in results.rows} == {0, 1} and len(results.rows) == 8
     assert {(f['arm'], f['level'], f['seed']) for f in results.failed} == {('dense', 0, 2), (T0.name, 1, 2), (T0.name, 2, 2), (f'reinit of {T0.name}', 2, 2)}
@@ -620,6 +620,9 @@ def test_threads_do_not_share_generators(tmp_path):
 def of(arms=(dense(), T0), recipe=None, **kwargs): return Experiment(recipe or of_points(), **{'arms': arms, 'seeds': [0], **kwargs})
 
 
+def split_anew(): return Learner(small_dls(train=Items(32, seed=random.randint(0, 9**9))), small_model(), loss_func=CrossEntropyLossFlat())
+
+
 WRONG = {
     'recipe': (lambda: of(recipe=points), 'recipe is a function: give Recipe'),
     'a learner': (lambda: of(recipe=points()), 'recipe is a Learner'),
@@ -674,6 +677,7 @@ WRONG = {
     'fine-tuning inside an epoch': (lambda: of([finetune(epochs=1.5)]), 'epochs=1.5 begins inside an epoch'),
     'fine-tuning of nothing': (lambda: of([finetune(epochs=.01)]), 'epochs.* give whole epochs'),
     'lr_rewind inside an epoch': (lambda: of([lr_rewind(.5)]), 'inside an epoch'),
+    'data split by the seed': (lambda: of(recipe=Recipe(split_anew, 2), seeds=[0, 1]), 'data differs from seed to seed'),
     'accumulated steps': (lambda: of([imp(rewind_step=6)], Recipe(accumulating, 4, options=dict(n_acc=16))), 'rewind_step'),
 }
 

@@ -41,7 +41,7 @@ def page_file(tmp_path_factory):
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [1280, 390])
 def test_the_page_reads_well(browser, page_file, width, scheme):
-    page = browser.new_page(viewport=dict(width=width, height=844), color_scheme=scheme)
+    page = browser.new_page(viewport=dict(width=width, height=844), color_scheme=scheme, is_mobile=width < 500)
     complaints, requests = [], []
     page.on('console', lambda m: complaints.append(m.text))
     page.on('pageerror', lambda e: complaints.append(str(e)))
