@@ -21,6 +21,8 @@ import joblib
 import torch
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch
+from joblib._parallel_backends import LokyBackend, MultiprocessingBackend, SequentialBackend
+from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, graph, n_trained, needs
@@ -34,7 +36,7 @@ from .rewind import RewindPoint
 from .schedule import Schedule, iterative
 from .store import Store, batch_of
 from .ticket import Ticket
-from .training import attempt_segment, generators_kept, make_learner, make_sparsifier, schedules
+from .training import attempt_apart, attempt_segment, generators_kept, make_learner, make_sparsifier, schedules
 
 # %% ../nbs/api/09f_experiment.ipynb #3dad2922
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def run(self:Experiment,
     with tqdm(total=len(graph(self.networks.values())), disable=not progress, unit='segment') as bar:
         while (wave := _wave(store, self, failed)) is not None:
             bar.n = bar.total - len(store.todo(self.networks.values())); bar.refresh()
-            jobs = (joblib.delayed(attempt_segment)(store, self.recipe, self.pruning, s, b) for s, b in wave.items())
+            jobs = (joblib.delayed(_attempt())(store, self.recipe, self.pruning, s, b) for s, b in wave.items())
             outcomes = dict(_told(joblib.Parallel(n_jobs=n_jobs, return_as='generator_unordered')(jobs), bar))
             still = store.todo(self.networks.values())
             failed |= {s: why or 'it was trained, and its result is not there' for s, why in outcomes.items() if why != 'busy' and (why or s in still)}
@@ -208,6 +210,11 @@ def run(self:Experiment,
                 bar.set_description('waiting for another process'); time.sleep(.5)
     if not keep_states: store.forget(graph(self.networks.values()))
     return _collect(self, store, failed).save(store.path)
+
+def _attempt():
+    "How a segment is trained under joblib's active backend: in the worker itself where that is a process and nothing else."
+    own = isinstance(get_active_backend()[0], (LokyBackend, MultiprocessingBackend, SequentialBackend))
+    return attempt_segment if own else attempt_apart
 
 def _told(outcomes, bar):
     "Pass outcomes on, and advance the bar."
