@@ -17,13 +17,13 @@ demo: $(INSTALLED) ## the blog's comparison on digits, with controls
 	$(BIN)/python examples/demo.py
 
 test: clean-checkout lessons $(INSTALLED) ## lessons and tests, under 15 minutes on two cores
-	$(BIN)/pytest -q -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m 'not slow'
 
 test-all: $(INSTALLED) ## what takes longer
 	$(BIN)/pytest -q -m slow
 
 lessons: $(INSTALLED) ## run every notebook from top to bottom
-	$(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 
 clean-checkout: $(INSTALLED) ## export, clean and README change nothing
 	$(BIN)/python tests/clean_checkout.py

@@ -10,7 +10,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from helpers_fastai import ConvNet, Items, same, small_dls, small_model
+from helpers_fastai import ConvNet, same, small_dls, small_model
 from torch import nn
 
 from lth_nb.arms import dense, imp, shuffled

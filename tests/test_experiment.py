@@ -3,12 +3,9 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
-import textwrap
 from functools import partial
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -20,23 +17,22 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import SGD, OptimWrapper
-from helpers_experiment import (Rounds, differences, digits, left, lenet, masks, of_points, pictures, points, row_of, seed_inside, state_of, states, store_of,
+from helpers_experiment import (Rounds, differences, digits, left, lenet, of_points, pictures, points, row_of, seed_inside, state_of,
                                 trained_batches)
 from helpers_fastai import Items, different, generators_kept, opt_stats, same, small_dls, small_model, tensors_of
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from lth_nb.arms import (Arm, Pruning, State, dense, dense_long, finetune, imp, lr_rewind, one_shot_ticket, random_mask, reinit, shuffled, supermask)
 from lth_nb.callback import MaskCallback, Seeded, SparsifyCallback
 from lth_nb.criteria import criterion
 from lth_nb.experiment import Experiment
-from lth_nb.recipe import Recipe, digits_learner
+from lth_nb.recipe import Recipe
 from lth_nb.results import Results
 from lth_nb.schedule import agp, geometric, iterative, one_shot
 from lth_nb.sparsifier import Sparsifier
 from lth_nb.store import Store
 from lth_nb.training import make_learner
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -397,6 +393,26 @@ def by_hand_of_seed(recipe, epochs, seed):
     learn = recipe.make(seed)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, recipe.lr, cbs=Seeded(seed))
     return learn
+
+
+def from_file(file):
+    train = TensorDataset(*torch.load(file))
+    return Learner(small_dls(train=train), small_model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
+
+def test_other_data_is_trained_on_anew(tmp_path):
+    "Though the function that reads it is the same."
+    def exp(): return experiment([dense()], Recipe(from_file, 2, options=dict(file=str(tmp_path/'data.pt'))))
+    accuracies = []
+    for i in (1, 2):
+        data = small_dls().train.dataset
+        torch.save((data.x*i, data.y), tmp_path/'data.pt')
+        with trained_batches() as counted: accuracies.append(run(exp(), tmp_path/'run').rows[0]['valid_loss'])
+        assert counted['train'] == 2*4
+    assert accuracies[0] != accuracies[1]
+    torch.save((small_dls().train.dataset.x, small_dls().train.dataset.y), tmp_path/'data.pt')
+    with trained_batches() as counted: assert run(exp(), tmp_path/'run').rows[0]['valid_loss'] == accuracies[0]
+    assert counted['train'] == 0
 
 
 def test_without_states_only_numbers_and_masks_are_left(tmp_path):

@@ -15,12 +15,14 @@ from pathlib import Path
 import joblib
 import pytest
 import torch
-from helpers_experiment import Child, differences, left, of_points, on_digits, states, trained_batches
+from helpers_experiment import Child, differences, left, of_points, on_digits, points, seed_inside, states, trained_batches
 from helpers_fastai import generators_kept
+from joblib.externals.loky import get_reusable_executor
 
 import lth_nb.files
 from lth_nb.arms import dense, dense_long, imp, shuffled, supermask
 from lth_nb.experiment import Experiment
+from lth_nb.recipe import Recipe
 from lth_nb.results import Results
 from lth_nb.schedule import iterative, one_shot
 
@@ -201,6 +203,27 @@ def test_two_experiments_in_one_folder(tmp_path, undisturbed):
 
 
 # ------------------------------------------------------------------ workers that die
+
+def deadly(fails=()):
+    "Its process is killed for some seeds, as by a system that runs out of memory, until that was mended."
+    if torch.initial_seed() in fails and not os.environ.get('LTH_NB_TEST_REPAIRED') and multiprocessing.parent_process() is not None: os.kill(os.getpid(), signal.SIGKILL)
+    return points()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_takes_nothing_else_down(tmp_path, monkeypatch):
+    "The run says so, and the next one goes on."
+    exp = Experiment(Recipe(deadly, 2, lr=1e-2, options=dict(fails=(seed_inside(2),))), [dense(), imp()], one_shot, 50, [0, 1, 2])
+    with generators_kept():
+        try: reasons = [f['reason'] for f in exp.run(tmp_path/'run', n_jobs=2, progress=False).failed]
+        except Exception as e: reasons = [str(e)]
+        assert reasons and all('terminated' in r or 'died' in r or 'killed' in r for r in reasons), reasons
+        monkeypatch.setenv('LTH_NB_TEST_REPAIRED', '1')
+        get_reusable_executor().shutdown() # its processes have the environment they began with
+        assert not exp.run(tmp_path/'run', n_jobs=2, progress=False).failed
+        exp.run(tmp_path/'alone', progress=False)
+    assert differences(left(tmp_path/'run'), left(tmp_path/'alone')) == []
+
 
 @pytest.mark.slow
 def test_a_dask_cluster_that_loses_a_worker(tmp_path, undisturbed):

@@ -610,7 +610,7 @@ def make_learner(width=4, bs=64, opt='adam'): return digits_learner((width,), bs
     (dict(anneal=['cos']), 'anneal='), (dict(precision='fp16'), "precision='fp16': must be one of"), (dict(precision=None), 'precision=None'), (dict(threads=0), 'threads=0'), (dict(threads=1.), 'threads=1.0'),
     (dict(options=[1]), r'options=\[1\]: must be a dictionary'), (dict(options=dict(depth=3)), "do not fit make_learner: got an unexpected keyword argument 'depth'"), (dict(options={1: 2}), 'options='),
     (dict(options=dict(width=iter([]))), r"options\['width'\], a list_iterator"), (dict(version=3), 'version=3: must be a text'), (dict(learner=3), 'learner is a int'), (dict(learner=nn.Linear(1, 1)), 'learner is a Linear'),
-    (dict(learner=eval('lambda: 1')), 'its source cannot be read'), (dict(learner=lambda dls: 1), "missing a required argument: 'dls'")], ids=str)
+    (dict(learner=eval('lambda: 1')), 'its source cannot be read'), (dict(learner=lambda dls: 1), "missing a required argument: 'dls'")])
 def test_wrong_arguments_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said): Recipe(**{'learner': make_learner, 'epochs': 2, **wrong})
 
