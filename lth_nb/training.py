@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import current_process
 
 import torch
 from fastai.callback.core import CancelFitException
@@ -239,4 +240,5 @@ def attempt_apart(
     *args, # of `attempt_segment`
 ): # what that gives
     "Train a segment in a process of its own, which lives on for the next one."
+    current_process()._config['daemon'] = False  # Dask's workers are daemons, which may not start processes otherwise
     return get_reusable_executor(max_workers=1).submit(attempt_segment, *args).result()
