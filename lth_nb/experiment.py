@@ -198,11 +198,11 @@ def run(self:Experiment,
     "Train what is missing, and read what is there."
     store = Store(Path(path).absolute(), self._seen[1])
     _describe(self, store)
-    failed = {}
+    failed, attempt = {}, _attempt()
     with tqdm(total=len(graph(self.networks.values())), disable=not progress, unit='segment') as bar:
         while (wave := _wave(store, self, failed)) is not None:
             bar.n = bar.total - len(store.todo(self.networks.values())); bar.refresh()
-            jobs = (joblib.delayed(_attempt())(store, self.recipe, self.pruning, s, b) for s, b in wave.items())
+            jobs = (joblib.delayed(attempt)(store, self.recipe, self.pruning, s, b) for s, b in wave.items())
             outcomes = dict(_told(joblib.Parallel(n_jobs=n_jobs, return_as='generator_unordered')(jobs), bar))
             still = store.todo(self.networks.values())
             failed |= {s: why or 'it was trained, and its result is not there' for s, why in outcomes.items() if why != 'busy' and (why or s in still)}
