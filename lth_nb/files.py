@@ -8,6 +8,7 @@ Docs: https://lth-nb.github.io/lth_nb/api/files.html.md"""
 __all__ = ['written']
 
 # %% ../nbs/api/05a_files.ipynb #0758ab26
+import errno
 import os
 import threading
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ def written(
 ): # the file, open for writing bytes
     "Open a file that gets its name when the block ends well; otherwise nothing is left of it."
     file = Path(file)
+    if not file.parent.is_dir(): raise FileNotFoundError(errno.ENOENT, f'there is no folder for {file.name}', str(file.parent))
     tmp = file.with_name(f'{file.name}.{os.getpid()}-{threading.get_ident()}.tmp')
     try:
         with open(tmp, 'wb') as f:

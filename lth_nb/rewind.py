@@ -145,6 +145,8 @@ class ModelState:
         for n, t in named_tensors(model).items():
             if n not in self.tensors: raise ValueError(f'{n} is not in the rewind point: it was taken from another model')
             if t.shape != self.tensors[n].shape: raise ValueError(f'{n} has shape {tuple(t.shape)}, and {tuple(self.tensors[n].shape)} in the rewind point')
+        for n in _with_extra(unwrap(model)):
+            if n not in self.extra: raise ValueError(f'the extra state of {n or "the model"} is not in the rewind point: it was taken from another model')
 
     @torch.no_grad()
     def restore(self, model):
