@@ -223,11 +223,17 @@ def _told(outcomes, bar):
         yield segment, why
 
 # %% ../nbs/api/09f_experiment.ipynb #cbc8b0fb
+def _processor():
+    "The processor's name, which Python does not tell on Linux."
+    cpuinfo = Path('/proc/cpuinfo')
+    names = [l.partition(':')[2].strip() for l in cpuinfo.read_text().splitlines() if l.startswith('model name')] if cpuinfo.exists() else []
+    return names[0] if names else platform.processor()
+
 def _describe(exp, store):
     "Write down what is run, on what, beside the results."
     store.path.mkdir(parents=True, exist_ok=True)
     about = dict(recipe=repr(exp.recipe), arms=[a.name for a in exp.arms], levels=list(exp.grid.sparsities), seeds=list(exp.seeds), pruning=repr(exp.pruning), n_batches=exp.grid.n_batches,
-                 versions=versions(), machine=platform.platform(), processor=platform.processor(), cores=os.cpu_count())
+                 versions=versions(), machine=platform.platform(), processor=_processor(), cores=os.cpu_count())
     about['networks'] = [dict(arm=a.name, level=level, seed=seed, segment=store.name(s.segment), begin=s.segment.begin, batch=s.batch) for (a, level, seed), s in exp.networks.items()]
     with written(store.path/'experiment.json') as f: f.write(json.dumps(about, indent=1, default=str).encode())
 
