@@ -6,7 +6,7 @@ export PYTHONWARNINGS := ignore::FutureWarning,ignore::DeprecationWarning
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-all lessons clean-checkout bench readme notebooks
+.PHONY: demo test test-all lessons clean-checkout bench docs readme notebooks reproduce
 
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,13 @@ clean-checkout: $(INSTALLED) ## export, clean and README change nothing
 bench: $(INSTALLED) ## side by side with fasterai and torch.nn.utils.prune, into benchmarks/results.md
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/run.py
+
+docs: $(INSTALLED) ## the site, into docs/_build/html
+	mkdir -p docs/_build/pages
+	$(BIN)/sphinx-build -q -W --keep-going -c docs docs/_build/pages docs/_build/html
+
+reproduce: $(INSTALLED) ## run the comparison on Imagenette that the tutorial reads: about half a day on two cores
+	$(BIN)/python experiments/imagenette.py all
 
 readme: $(INSTALLED) ## README.md from nbs/index.ipynb
 	$(BIN)/python docs/readme.py
