@@ -62,6 +62,7 @@ def test_seeds_share_nothing(grid):
     arms = [dense(), T0, T1, reinit(of=T0), shuffled(of=T1), random_mask(of=T0), dense_long(of=T1), lr_rewind(1), finetune(of=T1), one_shot_ticket(1)]
     first, second = (graph(states(*arms, grid=grid, seeds=[s])).keys() for s in (0, 1))
     assert len(first) == len(second) and not first & second
+    for control in (shuffled, random_mask): assert len({control(of=T0).make(grid, s, 3).segment.mask.seed for s in range(10)}) == 10, 'positions are drawn anew for each seed'
 
 
 # ------------------------------------------------------------------ what arms share

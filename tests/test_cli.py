@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from lth_nb import __version__, arms
 from lth_nb.arms import Pruning
 from lth_nb.callback import set_generators
-from lth_nb.cli import DEFAULTS, app
+from lth_nb.cli import app
 from lth_nb.experiment import Experiment
 from lth_nb.recipe import Recipe, digits_learner
 from lth_nb.results import Results
+from lth_nb.settings import DEFAULTS
 from lth_nb.sparsifier import Sparsifier
 from lth_nb.ticket import Ticket
 
@@ -378,5 +379,5 @@ def test_a_wrong_ticket_and_a_wrong_place_are_one_line(ticket, tmp_path):
 
 
 def test_the_makers_of_arms_are_found():
-    from lth_nb.cli import _makers
+    from lth_nb.settings import _makers
     assert {'dense', 'imp', 'one_shot_ticket', 'lr_rewind', 'finetune', 'reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask'} == set(_makers()) and hasattr(arms, 'imp')

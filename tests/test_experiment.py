@@ -338,12 +338,14 @@ def test_learning_rate_rewinding_and_fine_tuning_share_segments_where_the_rate_i
     assert segments(None) == 3 and segments('cos') == 5
 
 
-def test_a_finished_experiment_costs_nothing(tmp_path):
+def test_a_finished_experiment_costs_nothing(tmp_path, monkeypatch):
     exp = experiment([dense(), T0, supermask(of=T0)], seeds=[0, 1])
     first = run(exp, tmp_path)
     before = {f: f.stat().st_mtime_ns for f in tmp_path.glob('segments/*/*') if f.name != 'lock'}
+    made, make = [], Recipe.make
+    monkeypatch.setattr(Recipe, 'make', lambda self, seed: made.append(seed) or make(self, seed))
     with trained_batches() as counted: again = run(experiment([dense(), T0, supermask(of=T0)], seeds=[0, 1]), tmp_path)
-    assert counted == dict(train=0, valid=0)
+    assert counted == dict(train=0, valid=0) and made in ([0], [0, 1]), 'learners are made to look at the data, and for nothing else'
     assert again.rows == first.rows and again.history == first.history and again.failed == ()
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.glob('segments/*/*') if f.name != 'lock'}
 

@@ -1,0 +1,70 @@
+"""The blog's comparison on all of Imagenette, with the controls it lacks; read by nbs/tutorials/winning_the_lottery.
+
+    make reproduce                                            # everything that is not there yet
+    .venv/bin/python experiments/imagenette.py                # what there is, and what each part still costs
+    .venv/bin/python experiments/imagenette.py blog far:0     # all seeds of one part, one seed of another
+
+Each seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
+a run that was stopped goes on. Recipes and questions were fixed before the first run.
+"""
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from lth_nb.all import Experiment, Recipe, Results, dense, dense_long, finetune, geometric, imagenette_learner, imp, iterative, reinit, shuffled
+
+HERE = Path(__file__).with_suffix('')
+
+BLOG = Recipe(imagenette_learner, epochs=5, lr=1e-3, options=dict(size=64, bs=64, opt='fused_adam'))
+EARLY, LATE = imp(), imp(rewind_epoch=1)
+STEP_37 = imp(rewind_step=37)
+
+PARTS = {
+    # is there a gain, and beyond what the controls reach?
+    'blog': Experiment(BLOG, [dense(), EARLY, LATE, reinit(of=EARLY), shuffled(of=LATE), dense_long(of=EARLY)], iterative, 50, range(5)),
+    # how far can one prune?
+    'far': Experiment(BLOG, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
+    # what the optimizer, the blog's longer rounds and plain fine-tuning do
+    'rounds': Experiment(BLOG, [dense(), finetune(of=EARLY), imp(rewind_epoch=1, full_epochs=True), imp(optimizer='keep')], iterative, 50, range(3)),
+    # with a learning rate that ends low
+    'one_cycle': Experiment(replace(BLOG, anneal='one_cycle'), [dense(), EARLY, LATE], iterative, 50, range(3)),
+    # the blog's image size
+    '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LATE], iterative, 50, range(1)),
+    # what bfloat16 costs, beside the dense networks of `blog`
+    'bf16': Experiment(replace(BLOG, precision='bf16'), [dense()], iterative, 50, range(3)),
+}
+
+
+def done(part):
+    "The results of a part that are there, or None."
+    return Results.load(HERE/part) if (HERE/part/'results.json').exists() else None
+
+
+def seeds_left(part):
+    "The seeds of a part that are still to run."
+    there = done(part)
+    return [s for s in PARTS[part].seeds if there is None or s not in {r['seed'] for r in there.rows}]
+
+
+def run(part, seed, n_jobs):
+    "Run one seed of a part, and put its results with those of the others."
+    found = replace(PARTS[part], seeds=[seed]).run('runs/imagenette', n_jobs)
+    if found.failed: raise SystemExit(f'{part}, seed {seed}: {found.failed}')
+    there = done(part)
+    (there + found if there else found).save(HERE/part)
+
+
+def main(wanted):
+    warnings.filterwarnings('ignore', category=FutureWarning)
+    if not wanted:
+        for part, exp in PARTS.items(): print(f'{part}: seeds left {seeds_left(part)} of {list(exp.seeds)}; {exp.plan("runs/imagenette").note}')
+    names = PARTS if wanted == ['all'] else wanted
+    for name in names:
+        part, _, seed = name.partition(':')
+        for s in [int(seed)] if seed else seeds_left(part):
+            if s in seeds_left(part): run(part, s, os.cpu_count())
+
+
+if __name__ == '__main__': main(sys.argv[1:])
