@@ -6,7 +6,8 @@ Docs: https://lth-nb.github.io/lth_nb/api/analysis.html.md"""
 
 # %% auto #0
 __all__ = ['is_share', 'lower_is_better', 'with_unit', 't_interval', 'check_confidence', 'short_number', 'short_p', 'NotedTable',
-           'noted_table', 'is_constant', 'p_value', 'p_holm', 'against_dense', 'against_control', 'Verdict']
+           'noted_table', 'is_constant', 'difference_interval', 'p_value', 'p_holm', 'against_dense', 'against_control',
+           'Verdict']
 
 # %% ../nbs/api/10_analysis.ipynb #4ddcaad1
 import re
@@ -26,13 +27,15 @@ def is_share(
     metric:str, # name of the metric, as fastai has it
 )->bool:
     "Tell whether a metric is a share, 0 to 1, that is shown in percent."
-    return bool(re.search('accuracy|error_rate|precision|recall|f1|dice|jaccard', metric))
+    return bool(re.search('accuracy|(^|_)acc(_|$)|error_rate|precision|recall|f1|fbeta|dice|jaccard|iou|top_?[1-9]', metric.lower()))
 
 def lower_is_better(
     metric:str, # name of the metric, as fastai has it
 )->bool:
-    "Tell whether less of a metric is better: losses and errors."
-    return bool(re.search('loss|error|mse|mae|perplexity', metric))
+    "Tell whether less of a metric is better, as of losses and errors; `ValueError` if its name does not say."
+    if re.search('loss|error|mse|mae|msle|rmspe|perplexity|brier|(^|_)(nll|wer|cer)(_|$)', metric.lower()): return True
+    if is_share(metric) or re.search('auc|score|corr|kappa|bleu|r2|variance', metric.lower()): return False
+    raise ValueError(f'metric={metric!r}: its name does not say whether more or less of it is better; say so by higher_is_better=')
 
 def with_unit(
     metric:str, # name of the metric, as fastai has it
@@ -140,10 +143,20 @@ def level_at(self:Results,
 
 # %% ../nbs/api/10_analysis.ipynb #41a399a1
 def is_constant(
-    differences, # array
-)->bool:
+    differences, # array; the last axis are the seeds
+): # a bool; an array of them for many experiments
     "Tell whether two or more differences are the same up to the rounding of a metric, which is a 32-bit number; a t test would take the rounding for the spread."
-    return len(differences) > 1 and np.ptp(differences) < 1e-5
+    differences = np.asarray(differences, float)
+    return np.ptp(differences, axis=-1) < 1e-5 if differences.shape[-1] > 1 else np.zeros(differences.shape[:-1], bool)
+
+def difference_interval(
+    differences, # array; the last axis are the seeds
+    confidence:float=95, # percent
+): # mean, lower and upper end; the ends are NaN where there is no spread to judge by
+    "Estimate the mean of paired differences; the same difference in every seed, other than none at all, is luck and no certainty."
+    mean, low, high = t_interval(differences, confidence)
+    lucky = is_constant(differences) & (np.abs(mean) > 1e-5)
+    return mean, np.where(lucky, np.nan, low)[()], np.where(lucky, np.nan, high)[()]
 
 def _notes(differences, a, b):
     "What a reader should know about some paired differences (a Series by seed) of sparsities a and b."
@@ -164,10 +177,10 @@ def _pair(self, wide, a, b):
 # %% ../nbs/api/10_analysis.ipynb #6013962b
 def p_value(
     differences, # of the seeds
-)->float: # NaN for fewer than two
+)->float: # NaN where there is no spread to judge by
     "Test by paired t whether the mean difference could be zero."
     if len(differences) < 2: return np.nan
-    if is_constant(differences): return 1. if abs(differences[0]) < 1e-5 else 0.
+    if is_constant(differences): return 1. if abs(differences[0]) < 1e-5 else np.nan
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 def p_holm(
@@ -184,6 +197,14 @@ def _as_pairs(pairs):
     if pairs and all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs): return [tuple(p) for p in pairs]
     raise ValueError(f"pairs={pairs!r} are no comparisons: name two arms, as in compare('imp', 'dense'), or several pairs of two")
 
+def _levels(self, pair, level, sparsity):
+    "Both arms with the level that is asked for; one that is never pruned goes along with the other's."
+    found = [self.level_at(arm, level, sparsity) for arm in pair]
+    known = [{r['level']: r['sparsity'] for r in self.rows if r['arm'] == arm} for arm in pair]
+    for one, other in ((0, 1), (1, 0)):
+        if not any(known[one].values()) and any(known[other].values()) and found[other] in known[one]: found[one] = found[other]
+    return zip(pair, found)
+
 @patch
 def compare(self:Results,
     *pairs, # two arms, or several pairs of arms
@@ -194,10 +215,10 @@ def compare(self:Results,
 )->NotedTable: # a row a pair
     "Compare arms by their differences within each seed."
     pairs, wide, k = _as_pairs(pairs), self.by_seed(metric), 100 - check_confidence(confidence)
-    found = [_pair(self, wide, *((arm, self.level_at(arm, level, sparsity)) for arm in pair)) for pair in pairs]
+    found = [_pair(self, wide, *_levels(self, pair, level, sparsity)) for pair in pairs]
     p_values, rows = [p_value(d) for _, d, _ in found], []
     for (row, d, note), p, corrected in zip(found, p_values, p_holm(p_values)):
-        mean, low, high = t_interval(d, 100 - k/len(pairs))
+        mean, low, high = difference_interval(d, 100 - k/len(pairs))
         rows.append(row | dict(difference=mean, low=low, high=high, p=p, p_holm=corrected, note=note))
     together = f'the {len(pairs)} intervals hold together with {confidence:g} % (Bonferroni)' if len(pairs) > 1 else f'{confidence:g} % interval'
     return noted_table(rows, f'{with_unit(metric)}, arm minus other, seed by seed after the last step; {together}; p by paired t test, p_holm corrected for {len(pairs)}.')
@@ -206,12 +227,13 @@ def compare(self:Results,
 def against_dense(
     differences, # ticket minus dense, array; the last axis are the seeds; more is better
     margin:float, # the loss that does not matter, in the same units
-    rewind:float=0, # the epoch rewound to
+    rewind:float|None=0, # the epoch rewound to; None for an arm that does not rewind
     confidence:float=95, # percent, of each one-sided bound
 ): # the word, and the bounds it rests on; arrays for many experiments
     "Judge whether a ticket is not worse than dense by the margin or more."
-    _, low, high = t_interval(differences, 2*confidence - 100)
-    return np.select([low > -margin, high < -margin], ['matching' if rewind else 'winning', 'worse'], 'undecided')[()], low, high
+    _, low, high = difference_interval(differences, 2*confidence - 100)
+    good = 'not worse' if rewind is None else 'matching' if rewind else 'winning'
+    return np.select([low > -margin, high < -margin], [good, 'worse'], 'undecided')[()], low, high
 
 def against_control(
     differences, # ticket minus control, array; the last axis are the seeds; more is better
@@ -219,7 +241,7 @@ def against_control(
     confidence:float=95, # percent, for all of them
 ): # the word, and the interval it rests on; arrays for many experiments
     "Judge whether a ticket beats its control."
-    _, low, high = t_interval(differences, 100 - (100 - confidence)/n_comparisons)
+    _, low, high = difference_interval(differences, 100 - (100 - confidence)/n_comparisons)
     return np.select([low > 0, high < 0], ['better', 'worse'], 'no difference shown')[()], low, high
 
 # %% ../nbs/api/10_analysis.ipynb #7123f375
@@ -252,19 +274,23 @@ class Verdict:
 # %% ../nbs/api/10_analysis.ipynb #c814c532
 @patch
 def verdict(self:Results,
-    margin:float=1., # the loss that does not matter, set beforehand; in points of percent for shares
+    margin:float|None=None, # the loss that does not matter, set beforehand; default: one point of percent, for shares
     metric:str='accuracy', # a column of the rows
     level:int|None=None, # of the tickets; default: every level
     sparsity:float|None=None, # percent, instead of a level
     min_seeds:int=3, # fewer pairs get no verdict; at least 2
     confidence:float=95, # percent: of each bound against dense, and of all intervals against controls together
+    higher_is_better:bool|None=None, # of the metric; default: as its name says
 )->Verdict:
     "Judge every ticket against dense and against its controls."
+    if margin is None and not is_share(metric): raise ValueError(f'margin=None: {metric} is no share with a margin of one point; give the loss of it that does not matter')
+    margin = 1. if margin is None else margin
     if not margin >= 0: raise ValueError(f'margin={margin!r} is no loss: give a number of 0 or more, in the units of {with_unit(metric)}')
     if min_seeds < 2: raise ValueError(f'min_seeds={min_seeds!r} is too few for an interval: give 2 or more')
     if not any(r['kind'] == 'dense' for r in self.rows): raise ValueError("these results have no arm of kind 'dense', and a verdict compares with one")
     check_confidence(confidence)
-    wide, sign, rewinds = self.by_seed(metric), -1 if lower_is_better(metric) else 1, {r['arm']: r['rewind'] for r in self.rows}
+    lower = lower_is_better(metric) if higher_is_better is None else not higher_is_better
+    wide, sign, rewinds = self.by_seed(metric), -1 if lower else 1, {r['arm']: r['rewind'] for r in self.rows}
     found = [(kind, *_pair(self, wide, t, other)) for t in _tickets(self, level, sparsity) for kind, other in _opponents(self, *t)]
     n_controls, rows = sum(kind == 'control' for kind, *_ in found), []
     for kind, row, d, note in found:
@@ -288,6 +314,7 @@ def _say_dense(r, v):
     margin = f'{v.margin:g}{points[:6] if v.margin == 1 else points}'
     return {'winning': f'winning: {found}; that it is worse by {margin} or more is excluded ({bounds}).',
             'matching': f'matching: {found}; that it is worse by {margin} or more is excluded ({bounds}).',
+            'not worse': f'not worse than dense: {found}; that it is worse by {margin} or more is excluded ({bounds}).',
             'worse': f'worse: {found}; that it is worse by less than {margin} is excluded ({bounds}).',
             'undecided': f'undecided: {found}; that it is worse by {margin} is neither shown nor excluded ({bounds}). More seeds could tell.',
             'not enough seeds': f'not enough seeds: {r.n_seeds} that also have {_name(r.other)}, and a verdict needs {v.min_seeds}.'}[r.verdict]
@@ -308,7 +335,7 @@ def lines(self:Verdict)->list: # of (heading, text), in Markdown
         rows = list(rows.itertuples())
         controls = [r for r in rows if r.kind == 'control']
         text = [_say_dense(r, self) for r in rows if r.kind == 'dense'] + [_say_control(r, self) for r in controls]
-        if any(r.verdict in ('winning', 'matching') for r in rows):
+        if any(r.verdict in ('winning', 'matching', 'not worse') for r in rows):
             unbeaten = [_name(r.other) for r in controls if r.verdict != 'better']
             if unbeaten: text.append(f'What beating {" and ".join(unbeaten)} would show is not shown.')
             if not controls: text.append('No control was run here, so nothing shows that it takes this mask with these weights.')

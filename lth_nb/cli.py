@@ -192,6 +192,7 @@ def _judged(results, margin, metric):
     try: verdict = results.verdict(margin, metric)
     except ValueError as e: verdict, words = None, [f'No verdicts: {e}']
     else: words = [f'{heading}: {text}' for heading, text in verdict.lines] if len(verdict.frame) else []
+    if verdict: document['margin'] = verdict.margin
     document |= dict(table=_records(table), verdicts=[] if verdict is None else _records(verdict.frame), words=words)
     rows = table.drop(columns=['min', 'max'] + ([] if table.missing.any() else ['missing'])).rename(columns={'n_seeds': 'seeds'}).to_dict('records')
     note = f'{with_unit(metric)} after the last step: mean over seeds and its 95 % t interval; cost in epochs trained in all'
@@ -217,7 +218,7 @@ _TicketFile = Annotated[Path, typer.Argument(metavar='TICKET', help='A ticket fi
 
 def _setting(name, text):
     "An option that is a setting, with its default."
-    return typer.Option(help=text, show_default=str(DEFAULTS[name]) if name in DEFAULTS else False)
+    return typer.Option(help=text, show_default=str(DEFAULTS[name]) if DEFAULTS.get(name) is not None else False)
 
 _COMPARE = """Train tickets, the dense network and controls over seeds; end with the table and the verdicts.
 
@@ -245,7 +246,7 @@ def _compare(
     criteria:Annotated[str|None, _setting('criteria', 'What a weight is worth.')]=None,
     n_jobs:Annotated[int|None, _setting('n_jobs', 'Trainings at the same time.')]=None,
     out:Annotated[str|None, _setting('out', "The run's folder; default: runs/ and the name of file or data.")]=None,
-    margin:Annotated[float|None, _setting('margin', 'Loss that does not matter, in points of percent; set it beforehand.')]=None,
+    margin:Annotated[float|None, _setting('margin', 'Loss that does not matter; set it beforehand. Default: 1 point of percent, for shares.')]=None,
     metric:Annotated[str|None, _setting('metric', 'What is compared.')]=None,
     tickets:Annotated[bool|None, typer.Option('--tickets', help="Write the tickets of the last level into the run's folder.")]=None,
     plan:Annotated[bool, typer.Option('--plan', help='Show what would be trained, and stop.')]=False,
@@ -284,7 +285,7 @@ def _status(run:_Run, as_json:_AsJson=False):
 
 # %% ../nbs/api/11a_cli.ipynb #2c09abef
 @app.command('report')
-def _report(run:_Run, margin:Annotated[float, typer.Option(help='Loss that does not matter, in points of percent; set it beforehand.')]=DEFAULTS['margin'],
+def _report(run:_Run, margin:Annotated[float|None, typer.Option(help='Loss that does not matter; set it beforehand. Default: 1 point of percent, for shares.')]=DEFAULTS['margin'],
             metric:Annotated[str, typer.Option(help='What is compared.')]=DEFAULTS['metric'], as_json:_AsJson=False):
     """Write RUN/report.html: verdicts, tables, pictures and settings on one page that can be sent.
 

@@ -146,7 +146,7 @@ def _settings(self):
 @patch
 def report(self:Results,
     path:Path='report.html', # file to write
-    margin:float=1., # the loss that does not matter, set beforehand; in points of percent for shares
+    margin:float|None=None, # the loss that does not matter, set beforehand; default: one point of percent, for shares
     metric:str='accuracy', # a column of the rows
     title:str='Lottery tickets', # of the page
     min_seeds:int=3, # fewer pairs get no verdict

@@ -219,7 +219,7 @@ def test_one_seed_has_a_mean_and_nothing_else():
 
 def test_equal_differences_are_said_and_raise_no_warning(recwarn):
     same, more = (made({('imp', 1): np.array([.9, .91, .92]) + d, ('dense', 0): [.9, .91, .92]}) for d in (0, .01))
-    assert same.compare('imp', 'dense').p[0] == 1 and more.compare('imp', 'dense').p[0] == 0
+    assert same.compare('imp', 'dense').p[0] == 1 and np.isnan(more.compare('imp', 'dense').p[0])
     rounded = made({('imp', 1): np.float32([340/360, 341/360, 352/360]).astype(float), ('dense', 0): np.float32([339/360, 340/360, 351/360]).astype(float)})
     assert rounded.compare('imp', 'dense').note[0] == 'the same difference in every seed'
     assert 'the same difference in every seed' in same.compare('imp', 'dense').note[0] and 'the same difference' in more.verdict().lines[0][1]
@@ -475,3 +475,45 @@ def test_the_page_has_verdicts_tables_failures_and_settings(run):
 ])
 def test_a_page_says_what_it_cannot_show(tmp_path, results, says):
     assert says in results.report(tmp_path/'r.html').read_text()
+
+
+# ------------------------------------------------------------------ what must not be guessed
+
+def with_metric(name, dense, ticket):
+    "Results with a metric of any name, by seed."
+    rows = [network(arm, level, seed, 0.5) | {name: v} for arm, level, values in (('dense', 0, dense), ('imp', 1, ticket)) for seed, v in enumerate(values)]
+    return Results(tuple(rows))
+
+
+@pytest.mark.parametrize('name', ['acc', 'Accuracy', 'foreground_acc', 'top_5_accuracy', 'F1', 'IoU'])
+def test_shares_by_any_usual_name_are_points(name): assert with_metric(name, [.95, .94, .96], [.10, .12, .11]).verdict(metric=name).frame.verdict[0] == 'worse'
+
+
+@pytest.mark.parametrize('name', ['msle', 'exp_rmspe', 'wer', 'nll', 'brier_score', 'Loss'])
+def test_errors_by_any_usual_name_are_worse_when_they_grow(name): assert with_metric(name, [.1, .12, .11], [3., 3.1, 2.9]).verdict(.1, name).frame.verdict[0] == 'worse'
+
+
+def test_a_metric_that_says_nothing_of_itself_is_asked_about():
+    results = with_metric('psnr', [30., 31., 29.], [10., 11., 9.5])
+    with pytest.raises(ValueError, match='higher_is_better'): results.verdict(1, 'psnr')
+    assert [results.verdict(1, 'psnr', higher_is_better=b).frame.verdict[0] for b in (True, False)] == ['worse', 'winning']
+    with pytest.raises(ValueError, match='roc_auc_score is no share'): with_metric('roc_auc_score', [.95, .94], [.5, .51]).verdict(metric='roc_auc_score')
+
+
+def test_the_same_difference_in_every_seed_proves_nothing():
+    results = made({('dense', 0): [.9, .91, .92], ('imp', 1): [.88, .89, .90], ('reinit', 1): [.87, .88, .89]})
+    frame, pair = results.verdict(1).frame, results.compare('imp', 'reinit')
+    assert list(frame.verdict) == ['undecided', 'no difference shown'] and np.isnan([frame.low[0], pair.low[0], pair.p[0]]).all()
+    assert 'undecided' in results.verdict(1).lines[0][1]
+
+
+def test_an_arm_that_does_not_rewind_wins_nothing():
+    results = made({('dense', 0): [.9, .91, .92], ('imp', 1): [.901, .912, .92]})
+    own = replace(results, rows=tuple(r | dict(rewind=None) for r in results.rows))
+    assert own.verdict().frame.verdict[0] == 'not worse' and 'not worse than dense' in own.verdict().lines[0][1]
+
+
+def test_an_arm_that_is_never_pruned_goes_along_with_the_level_of_the_other():
+    long = [network('long', level, s, .9 + level/100, sparsity=0.) for level in (1, 2, 3) for s in range(3)]
+    results = Results(made({('imp', level): [.9, .91, .92] for level in (1, 2, 3)}).rows + tuple(long))
+    assert list(results.compare('imp', 'long', level=2).other_level) == [2] and list(results.compare('long', 'imp', sparsity=50).level) == [1]

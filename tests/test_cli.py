@@ -115,8 +115,8 @@ def test_the_defaults_are_the_librarys():
     for name in ('lr', 'precision', 'threads', 'sparsity', 'granularity'): assert DEFAULTS[name] == theirs[name]
     assert (DEFAULTS['seeds'], DEFAULTS['criteria'], theirs['anneal']) == (len(theirs['seeds']), theirs['criteria'].name, None)
     told = ' '.join(re.sub('[│╭╮╰╯─]', ' ', ask('compare', '--help').stdout).split())
-    for name in DEFAULTS.keys() - {"rewind_epoch", "tickets"}: assert f"({DEFAULTS[name]})" in told, name
-    assert all(control in told for control in ('reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask'))
+    for name in DEFAULTS.keys() - {'rewind_epoch', 'tickets', 'margin'}: assert f"({DEFAULTS[name]})" in told, name
+    assert all(control in told for control in ('reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask', 'Default: 1 point'))
 
 
 # what is compared
