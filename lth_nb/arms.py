@@ -279,8 +279,10 @@ def finetune(
     if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr < math.inf): raise ValueError(f'lr={lr!r} is not a learning rate: give a number above 0')
     if epochs is not None and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf): raise ValueError(f'epochs={epochs!r} is not a training length: give a number above 0')
     if of is not None: _ticket_of(of, 'finetune')
-    rewind = (of and of.rewind) or _Rewind()
-    def n_epochs(grid): return grid.end - rewind.batch(grid) if epochs is None else round(epochs*grid.n_batches)
+    def n_epochs(grid):
+        if epochs is not None or of is None: return grid.end if epochs is None else round(epochs*grid.n_batches)
+        state = of.make(grid, 0, 1)
+        return state.batch - state.segment.begin
     return Arm(name or 'finetune' + (f' of {of.name}' if of else '') + (f', {epochs:g} epochs' if epochs else '') + (f' at {lr:g}' if lr else ''),
                partial(_kept_weights, n_epochs=n_epochs, anneals=False, lr=lr), 'baseline', of)
 

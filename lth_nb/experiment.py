@@ -12,20 +12,24 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import joblib
 import torch
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch
 from joblib._parallel_backends import LokyBackend, MultiprocessingBackend, SequentialBackend
 from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
-from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, graph, n_trained, needs
+from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, State, graph, n_trained, needs
 from .files import written
 from .granularity import has_followers
 from .mask import check_sparsity
@@ -36,7 +40,7 @@ from .rewind import RewindPoint
 from .schedule import Schedule, iterative
 from .store import Store, batch_of
 from .ticket import Ticket
-from .training import attempt_apart, attempt_segment, generators_kept, make_learner, make_sparsifier, schedules
+from .training import attempt_apart, attempt_segment, for_code, generators_kept, make_learner, make_sparsifier, origin, schedules
 
 # %% ../nbs/api/09f_experiment.ipynb #3dad2922
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Experiment:
     def __post_init__(self):
         if not isinstance(self.recipe, Recipe): raise ValueError(f'recipe is a {type(self.recipe).__name__}: give Recipe(learner, epochs=…)')
         if check_sparsity(self.sparsity) == 100: raise ValueError('sparsity=100 leaves nothing to train: give less')
+        object.__setattr__(self, 'sparsity', float(self.sparsity))
         if not isinstance(self.pruning, Pruning): raise ValueError(f'pruning={self.pruning!r}: give Pruning(…)')
         if not isinstance(self.schedule, Schedule) or not self.schedule.in_rounds: raise ValueError(f'schedule={self.schedule!r} does not prune in rounds: give one_shot, iterative or geometric')
         for name in ('arms', 'seeds'):
@@ -60,6 +65,8 @@ class Experiment:
         wrong = [a for a in self.arms if not isinstance(a, Arm)]
         if wrong or not self.arms: raise ValueError(f'arms={self.arms!r}: give arms like dense() and imp()')
         _refuse_twice('arms', [a.name for a in self.arms])
+        other = next((a for a in self.arms for b in self.arms if a.of and a.of.name == b.name and a.of is not b), None)
+        if other: raise ValueError(f'{other.name} is the control of another arm that is also called {other.of.name!r}: give both names')
         _refuse_twice('seeds', self.seeds)
         wrong = [s for s in self.seeds if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 10**6]
         if wrong or not self.seeds: raise ValueError(f'seeds={self.seeds!r}: give whole numbers from 0 to 999,999')
@@ -69,27 +76,47 @@ def _refuse_twice(name, values):
     if twice: raise ValueError(f'{name} has {twice[0]!r} twice: each needs a name of its own')
 
 # %% ../nbs/api/09f_experiment.ipynb #80cdf8c6
+def _check_learner(learn, arms):
+    "Raise `ValueError` for a learner whose training cannot be cut into segments."
+    if not len(learn.dls.train): raise ValueError(f'the learner has {len(learn.dls.train_ds)} items to train on, which fill no batch of {learn.dls.bs}: give more, or a smaller batch')
+    own = next((cb for cb in learn.cbs if isinstance(cb, (ParamScheduler, EarlyStoppingCallback, ReduceLROnPlateau))), None)
+    if own: raise ValueError(f'the learner has a {type(own).__name__}, which knows nothing of rounds and positions: leave it out; anneal= of the recipe gives a schedule')
+    if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(a.rewind and a.rewind.step for a in arms):
+        raise ValueError('rewind_step counts batches here, and this learner accumulates gradients over several: give rewind_epoch')
+    taken = {'arm', 'kind', 'of', 'rewind', 'level', 'sparsity', 'n_kept', 'n_total', 'seed', 'epochs', 'cost', 'segment', 'mask'} & set(learn.metrics.attrgot('name'))
+    if taken: raise ValueError(f'a metric is called {min(taken)!r}, as a column of the results is: give it another name')
+
+def _fixed(exp, weights, data):
+    "The first layer that begins with the same values for another seed, or None; `ValueError` where that has other data."
+    other = exp.recipe.make(exp.seeds[1] if len(exp.seeds) > 1 else exp.seeds[0] + 10**6)
+    if fingerprint(other.dls) != data: raise ValueError("the learner's data differs from seed to seed: split it into training and validation by a seed of its own")
+    fixed = next((n for n, w in make_sparsifier(other, exp.pruning, exp.seeds[0]).weights.items() if w.equal(weights[n])), None)
+    if fixed: warnings.warn(f'{fixed} begins with the same values for every seed: it is pretrained, or the learner sets a seed of its own')
+    return fixed
+
+# %% ../nbs/api/09f_experiment.ipynb #fe118f3a
 @patch
 def _look(self:Experiment):
-    "Make a learner once: the grid, the name of recipe and data, how many weights there are."
+    "Make learners of two seeds: the grid, the name of recipe and data, how many weights there are, which do not follow from the seed."
     with generators_kept():
         torch.set_num_threads(self.recipe.threads)
-        learn = self.recipe.make(self.seeds[0])
-        n, p = len(learn.dls.train), self.pruning
-        weights = make_sparsifier(learn, p, self.seeds[0]).weights
-        if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(a.rewind and a.rewind.step for a in self.arms):
-            raise ValueError('rewind_step counts batches here, and this learner accumulates gradients over several: give rewind_epoch')
+        learn, p = self.recipe.make(self.seeds[0]), self.pruning
+        _check_learner(learn, self.arms)
+        n = len(learn.dls.train)
+        weights, data = make_sparsifier(learn, p, self.seeds[0]).weights, fingerprint(learn.dls)
+        fixed = _fixed(self, weights, data)
         anneals = self.recipe.anneal is not None
-        last = float(schedules(self.recipe, self.recipe.lr)['lr'](1 - 1/(self.recipe.epochs*n))) if anneals else self.recipe.lr
+        last = float(schedules(self.recipe)['lr'](1 - 1/(self.recipe.epochs*n))) if anneals else self.recipe.lr
         grid = Grid(self.recipe.epochs, n, self.schedule.levels(self.sparsity), p, anneals, self.recipe.lr, last)
-        data = fingerprint(learn.dls)
-        if any(fingerprint(self.recipe.make(s).dls) != data for s in self.seeds[1:2]):
-            raise ValueError("the learner's data differs from seed to seed: split it into training and validation by a seed of its own")
-        return grid, digest((self.recipe.name, data)), sum(w.numel() for w in weights.values())
+        return grid, digest((self.recipe.name, data)), sum(w.numel() for w in weights.values()), fixed
 
 @patch(as_prop=True)
 def _seen(self:Experiment):
-    if '_found' not in self.__dict__: object.__setattr__(self, '_found', self._look())
+    "What was found, as long as the recipe is what it was then: a function of a notebook may be defined anew."
+    name = self.recipe.name
+    if self.__dict__.get('_looked_at') != name:
+        self.__dict__.pop('_networks', None)
+        for field, value in (('_found', self._look()), ('_looked_at', name)): object.__setattr__(self, field, value)
     return self._found
 
 @patch(as_prop=True)
@@ -100,11 +127,14 @@ def grid(self:Experiment)->Grid:
 @patch(as_prop=True)
 def networks(self:Experiment)->dict: # (arm, level, seed) -> the state whose result it is
     "All networks that are compared."
+    *_, fixed = self._seen
     if '_networks' not in self.__dict__:
         found = {(a, level, seed): a.make(self.grid, seed, level) for seed in self.seeds for a in self.arms for level in a.levels_in(self.grid)}
         moved = next((a for (a, *_), s in found.items() if isinstance(s.segment.mask, (Shuffled, Anywhere))), None)
         if moved and has_followers(self.pruning.granularity):
             raise ValueError(f'{moved.name} moves weights one by one, and granularity={self.pruning.granularity!r} cuts filters with what follows them: leave it out')
+        fresh = next((a for (a, *_), s in found.items() if s.segment.init is not None), None)
+        if fresh and fixed: raise ValueError(f'{fresh.name} needs a fresh initialisation, and the learner makes {fixed} with the same values for every seed: leave it out, or let the seed draw them')
         object.__setattr__(self, '_networks', found)
     return self._networks
 
@@ -181,12 +211,14 @@ def _depends_on(store, segment, failed):
     "Does a segment build on one that failed?"
     return segment in failed or any(_depends_on(store, s.segment, failed) for s in store.needs(segment) if not store.has(s))
 
-def _wave(store, exp, failed, wait=1.):
-    "The segments that can be trained now, with their positions; None when nothing is left."
+def _wave(store, exp, failed, n_jobs):
+    "The segments to train now, with their positions; None when nothing is left. What others wait for comes first, and no further than they need, as long as it keeps all workers busy."
     todo = store.todo(exp.networks.values())
     todo = {s: b for s, b in todo.items() if not _depends_on(store, s, failed)}
     ready = {s: b for s, b in todo.items() if all(store.has(n) for n in store.needs(s))}
-    return ready or None
+    awaited = {n for s in todo for n in store.needs(s) if not store.has(n)}
+    first = {s: known for s, b in ready.items() if (known := [at for at in b if State(s, at) in awaited])}
+    return (first if len(first) >= joblib.effective_n_jobs(n_jobs) else ready | first) or None
 
 @patch
 def run(self:Experiment,
@@ -200,16 +232,26 @@ def run(self:Experiment,
     _describe(self, store)
     failed, attempt = {}, _attempt()
     with tqdm(total=len(graph(self.networks.values())), disable=not progress, unit='segment') as bar:
-        while (wave := _wave(store, self, failed)) is not None:
+        while (wave := _wave(store, self, failed, n_jobs)) is not None:
             bar.n = bar.total - len(store.todo(self.networks.values())); bar.refresh()
-            jobs = (joblib.delayed(attempt)(store, self.recipe, self.pruning, s, b) for s, b in wave.items())
-            outcomes = dict(_told(joblib.Parallel(n_jobs=n_jobs, return_as='generator_unordered')(jobs), bar))
+            outcomes = dict(_told(_train_wave(wave, attempt, n_jobs, store, self.recipe, self.pruning), bar))
             still = store.todo(self.networks.values())
-            failed |= {s: why or 'it was trained, and its result is not there' for s, why in outcomes.items() if why != 'busy' and (why or s in still)}
+            failed |= {s: why or 'it was trained, and its result is not there' for s, why in outcomes.items() if why != 'busy' and (why or {*still.get(s, ())} & {*wave[s]})}
             if set(outcomes.values()) == {'busy'}:
                 bar.set_description('waiting for another process'); time.sleep(.5)
     if not keep_states: store.forget(graph(self.networks.values()))
     return _collect(self, store, failed).save(store.path)
+
+def _train_wave(wave, attempt, n_jobs, store, *how):
+    "Train the segments of a wave. Where a process dies, those that are left have a turn alone, and the one that kills its process again is the culprit."
+    left = dict(wave)
+    pool = dict(initializer=for_code, initargs=(store.base,)) if isinstance(get_active_backend()[0], LokyBackend) and n_jobs != 1 else {}
+    try:
+        for segment, why in joblib.Parallel(n_jobs, return_as='generator_unordered', **pool)(joblib.delayed(attempt)(store, *how, s, b) for s, b in wave.items()):
+            del left[segment]
+            yield segment, why
+    except BrokenExecutor:
+        yield from (attempt_apart(store, *how, s, b) for s, b in left.items())
 
 def _attempt():
     "How a segment is trained under joblib's active backend: in the worker itself where that is a process and nothing else."
@@ -282,6 +324,7 @@ def ticket(self:Experiment,
     level, seed = levels[-1] if level is None else level, self.seeds[0] if seed is None else seed
     if level not in levels: raise ValueError(f'level={level!r} of {found.name} is not in this experiment, which has {levels}')
     store, segment = Store(Path(path).absolute(), self._seen[1]), found.make(self.grid, seed, level).segment
+    if segment.start is not None and segment.start.batch != segment.begin: raise ValueError(f'arm={found.name!r} keeps its trained weights: it has no rewind point to make a ticket of')
     if segment.mask is None: raise ValueError(f'arm={found.name!r} is not pruned: there is no ticket in it')
     if not store.mask_file(segment.mask).exists(): raise ValueError(f'path={str(path)!r} has no network of {found.name}, level {level}, seed {seed} yet: run the experiment')
     if not all(map(store.has, needs(replace(segment, mask=None)))): raise ValueError(f'path={str(path)!r} has not kept the weights that {found.name} starts from: run with keep_states=True')
@@ -290,4 +333,5 @@ def ticket(self:Experiment,
         learn.create_opt()
         point = store.start(self.recipe, learn, segment)
         sparsifier = make_sparsifier(learn, self.pruning, seed, load_mask(store.mask_file(segment.mask)))
-    return Ticket.from_sparsifier(sparsifier, point, recipe=repr(self.recipe), seed=seed)
+    begun = origin(segment)
+    return Ticket.from_sparsifier(sparsifier, point, recipe=repr(self.recipe), seed=begun.seed if begun.init is None else begun.init)

@@ -29,6 +29,7 @@ from enum import Enum
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial, partialmethod, singledispatch
 from hashlib import sha256
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec, resolve_name
 from pathlib import Path, PurePath
 from types import (BuiltinFunctionType, CellType, ClassMethodDescriptorType, CodeType, FunctionType, GenericAlias, GetSetDescriptorType, MappingProxyType,
@@ -84,6 +85,19 @@ def _library_name(value):
     return f'{module}.{name}' if module and name and '<locals>' not in name and _is_library(module) else None
 
 # %% ../nbs/api/09_naming.ipynb #c2a42971
+@lru_cache(maxsize=None)
+def _packages(): return packages_distributions()
+
+@lru_cache(maxsize=None)
+def _releases(top): return tuple(f'{d} {version(d)}' for d in sorted(set(_packages().get(top, ()))) if d != 'lth_nb')
+
+def _release(
+    name:str, # of something in a library, with its module before it
+)->tuple: # of texts
+    "Name the packages, with their versions, that a library's name may come from."
+    return _releases(name.partition('.')[0])
+
+# %% ../nbs/api/09_naming.ipynb #7db4190c
 class _Walk:
     "One reading of a value: the definitions met so far, and those still to be read."
     def __init__(self, met=None): self.met, self.unread, self.trail = dict(met or {}), deque(), ''
@@ -98,7 +112,7 @@ class _Walk:
 
     def one(self, value, path):
         "Hash a value, with a number for each definition in it."
-        if name := _library_name(value): return _hash('library', name)
+        if name := _library_name(value): return _hash('library', name, *_release(name))
         if not isinstance(value, (FunctionType, type, ModuleType)): return _hash(self.one(type(value), path), *_parts(value, self, path))
         if id(value) not in self.met:
             self.met[id(value)] = len(self.met), value

@@ -41,18 +41,18 @@ def _again(value):
 
 # %% ../nbs/api/09d_store.ipynb #eedf03e4
 def pack_point(
-    point:RewindPoint, # without copies and others, which segments do not have
+    point:RewindPoint, # without copies, which segments do not have
 )->dict: # of tensors and plain values
     "Make a rewind point ready for `torch.save`."
     random = [None if r is None else _plain(vars(r)) for r in (point.random, point.epoch_start)]
-    return dict(tensors=point.model.tensors, extra=_plain(point.model.extra), optimizer=_plain(point.optimizer), random=random, position=asdict(point.position))
+    return dict(tensors=point.model.tensors, extra=_plain(point.model.extra), optimizer=_plain(point.optimizer), others=_plain(point.others), random=random, position=asdict(point.position))
 
 def unpack_point(
     packed:dict, # from `pack_point`
 )->RewindPoint: # the same point
     "Make a rewind point of what `torch.load` gives."
     random, epoch_start = (None if r is None else RandomState(**_again(r)) for r in packed['random'])
-    return RewindPoint(ModelState(packed['tensors'], _again(packed['extra'])), (), _again(packed['optimizer']), (), random, epoch_start, Position(**packed['position']))
+    return RewindPoint(ModelState(packed['tensors'], _again(packed['extra'])), (), _again(packed['optimizer']), _again(packed['others']), random, epoch_start, Position(**packed['position']))
 
 # %% ../nbs/api/09d_store.ipynb #cbc7a4c0
 @dataclass(frozen=True)
