@@ -2,9 +2,9 @@
 
     make reproduce                                            # everything that is not there yet
     .venv/bin/python experiments/imagenette.py                # what there is, and what each part still costs
-    .venv/bin/python experiments/imagenette.py blog far:0     # all seeds of one part, one seed of another
+    .venv/bin/python experiments/imagenette.py blog:0,1 far   # two seeds of one part side by side, all seeds of another one by one
 
-Each seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
+A seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
 a run that was stopped goes on. Recipes and questions were fixed before the first run.
 """
 import os
@@ -48,10 +48,10 @@ def seeds_left(part):
     return [s for s in PARTS[part].seeds if there is None or s not in {r['seed'] for r in there.rows}]
 
 
-def run(part, seed, n_jobs):
-    "Run one seed of a part, and put its results with those of the others."
-    found = replace(PARTS[part], seeds=[seed]).run('runs/imagenette', n_jobs)
-    if found.failed: raise SystemExit(f'{part}, seed {seed}: {found.failed}')
+def run(part, seeds, n_jobs):
+    "Run seeds of a part, and put their results with those of the others."
+    found = replace(PARTS[part], seeds=seeds).run('runs/imagenette', n_jobs)
+    if found.failed: raise SystemExit(f'{part}, seeds {seeds}: {found.failed}')
     there = done(part)
     (there + found if there else found).save(HERE/part)
 
@@ -60,11 +60,11 @@ def main(wanted):
     warnings.filterwarnings('ignore', category=FutureWarning)
     if not wanted:
         for part, exp in PARTS.items(): print(f'{part}: seeds left {seeds_left(part)} of {list(exp.seeds)}; {exp.plan("runs/imagenette").note}')
-    names = PARTS if wanted == ['all'] else wanted
-    for name in names:
-        part, _, seed = name.partition(':')
-        for s in [int(seed)] if seed else seeds_left(part):
-            if s in seeds_left(part): run(part, s, os.cpu_count())
+    for name in PARTS if wanted == ['all'] else wanted:
+        part, _, seeds = name.partition(':')
+        left = seeds_left(part)
+        together = [[int(s) for s in seeds.split(',') if int(s) in left]] if seeds else [[s] for s in left]
+        for some in filter(None, together): run(part, some, os.cpu_count())
 
 
 if __name__ == '__main__': main(sys.argv[1:])
