@@ -1,4 +1,5 @@
 "Package metadata from `settings.ini`, the one place it is written."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,11 +8,13 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters='=')
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
+# On PyPI nothing lies beside the README: its pictures and links lead to the repository.
+readme = re.sub(r'(!?)\[([^\]]*)\]\((?!https?:|#)', lambda m: f'{m[1]}[{m[2]}](https://github.com/lth-nb/lth_nb/{"raw" if m[1] else "blob"}/main/', Path('README.md').read_text(encoding='utf-8'))
 
 setup(
     version=cfg['version'],
     description=cfg['description'],
-    long_description=Path('README.md').read_text(encoding='utf-8'),
+    long_description=readme,
     long_description_content_type='text/markdown',
     author=cfg['author'],
     license=cfg['license'],

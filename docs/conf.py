@@ -57,6 +57,7 @@ def as_page(path):
         elif 'show_doc(' in cell.source: cell.update(nbformat.v4.new_markdown_cell(signature(here, cell)))
         else:
             alt = re.search(r'^#\| fig-alt: *(.+)\n', cell.source, flags=re.M)
+            if '#| echo: false' in cell.source: cell.metadata['tags'] = ['remove-input']
             cell.source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
             cell.metadata['mystnb'] = dict(image=dict(alt=alt[1] if alt else before))
     return here, notebook
