@@ -11,7 +11,7 @@ from nbdev.serve import proc_nbs
 docs, processed, config = Path(__file__).parent, proc_nbs(n_workers=0), get_config()
 pages, plain = docs/'_build/pages', docs/'_build/plain'  # what Sphinx reads, and the same as bare markdown
 
-project, language = 'lth_nb', 'en'
+project, author, language, smartquotes = 'lth_nb', 'The lth_nb founders', 'en', False
 extensions = ['myst_nb', 'sphinx_copybutton']
 myst_enable_extensions = ['attrs_inline']
 suppress_warnings = ['myst.header']  # a signature is a heading of the third level wherever it stands
@@ -30,7 +30,7 @@ def label(page, name): return f'{page}/{re.sub("[A-Z]", lambda m: "-" + m[0].low
 def signature(page, cell):
     "What `show_doc` says of a name: with a label, short types and no addresses; nothing for the methods that only print."
     name, text = re.search(r'show_doc\((.+)\)', cell.source)[1], cell.outputs[0].data['text/markdown']
-    if 'Return repr(self)' in text: return ''
+    if 'Return repr(self)' in text or 'Call self as a function' in text: return ''
     text = re.sub(r'\A---\n|^### .*\n', '', text, flags=re.M).replace('{target="_blank" style="float:right; font-size:smaller"}', '{.source}')
     text = re.sub(r'<function (\w+) at \w+>', r'\1', re.sub(r'\b(?:\w+\.)+([A-Z]\w*)', r'\1', text)).replace(':NoneType=None', '=None')
     shown.add(label(page, name))

@@ -13,8 +13,10 @@ from .schedule import *
 from .mask import *
 from .criteria import *
 from .rewind import *
+from .selection import *
 from .sparsifier import *
 from .ticket import *
+from .fitting import *
 from .callback import *
 from .data import *
 from .cpu import *

@@ -11,6 +11,7 @@ __all__ = ['is_share', 'lower_is_better', 'with_unit', 't_interval', 'check_conf
 
 # %% ../nbs/api/10_analysis.ipynb #4ddcaad1
 import re
+import warnings
 from dataclasses import dataclass
 from html import escape
 
@@ -44,13 +45,19 @@ def with_unit(
     return f'{metric} (%)' if is_share(metric) else metric
 
 # %% ../nbs/api/10_analysis.ipynb #0083aa66
+def _measured(frame):
+    "The metrics among the columns: what stands between the cost and the name of the segment."
+    columns = list(frame)
+    return columns[columns.index('cost') + 1:columns.index('segment')] if {'cost', 'segment'} <= {*columns} else columns
+
 @patch
 def by_seed(self:Results,
     metric:str='accuracy', # a column of the rows
 ): # DataFrame: a row a seed, a column for each (arm, level)
     "Take one metric of every network after its last step; in percent if it is a share, NaN where there is no number."
     frame = self.frame
-    if metric not in frame: raise ValueError(f'metric={metric!r} is not in these results, which have {list(frame)!r}')
+    if not len(frame): raise ValueError('there are no results yet: nothing has finished, and results.failed says why')
+    if metric not in frame: raise ValueError(f'metric={metric!r} is not in these results, which have {", ".join(_measured(frame))}; give one of them as metric=')
     frame[metric] = pd.to_numeric(frame[metric]).replace([np.inf, -np.inf], np.nan) * (100 if is_share(metric) else 1)
     order = list(dict.fromkeys(zip(frame['arm'], frame['level'])))
     return frame.pivot(index='seed', columns=['arm', 'level'], values=metric)[order]
@@ -91,6 +98,11 @@ class NotedTable(pd.DataFrame):
     "A DataFrame that shows few digits and, above them, what is in it."
     @property
     def _constructor(self): return NotedTable
+
+    def __repr__(self):
+        formats = {c: short_p for c in self if c in ('p', 'p_holm')}
+        note = f'{self.attrs["note"]}\n' if 'note' in self.attrs else ''
+        return note + self.to_string(index=False, float_format=short_number, formatters=formats, na_rep='–')
 
     def _repr_html_(self):
         note = f'<p>{escape(self.attrs["note"])}</p>' if 'note' in self.attrs else ''
@@ -191,6 +203,9 @@ def p_holm(
     return np.where(np.isnan(p), np.nan, multipletests(np.nan_to_num(p, nan=1.), method='holm')[1])
 
 # %% ../nbs/api/10_analysis.ipynb #2b8f4ee1
+def _names(given): # of arms, which may be given themselves, too
+    return tuple(map(_names, given)) if isinstance(given, (tuple, list)) else getattr(given, 'name', given)
+
 def _as_pairs(pairs):
     "Read ('a', 'b') as one pair and (('a', 'b'), ('c', 'd')) as two."
     if len(pairs) == 2 and all(isinstance(p, str) for p in pairs): return [pairs]
@@ -207,14 +222,14 @@ def _levels(self, pair, level, sparsity):
 
 @patch
 def compare(self:Results,
-    *pairs, # two arms, or several pairs of arms
+    *pairs, # two arms or their names, or several pairs of them
     metric:str='accuracy', # a column of the rows
     level:int|None=None, # of each arm that is pruned; default: its last one
     sparsity:float|None=None, # percent, instead of a level
     confidence:float=95, # percent, for all intervals together
 )->NotedTable: # a row a pair
     "Compare arms by their differences within each seed."
-    pairs, wide, k = _as_pairs(pairs), self.by_seed(metric), 100 - check_confidence(confidence)
+    pairs, wide, k = _as_pairs(_names(pairs)), self.by_seed(metric), 100 - check_confidence(confidence)
     found = [_pair(self, wide, *_levels(self, pair, level, sparsity)) for pair in pairs]
     p_values, rows = [p_value(d) for _, d, _ in found], []
     for (row, d, note), p, corrected in zip(found, p_values, p_holm(p_values)):
@@ -286,6 +301,7 @@ def verdict(self:Results,
     if margin is None and not is_share(metric): raise ValueError(f'margin=None: {metric} is no share with a margin of one point; give the loss of it that does not matter')
     margin = 1. if margin is None else margin
     if not margin >= 0: raise ValueError(f'margin={margin!r} is no loss: give a number of 0 or more, in the units of {with_unit(metric)}')
+    if is_share(metric) and 0 < margin < .1: warnings.warn(f'margin={margin!r} means {margin:g} points of percent; for a share of {margin:g} give {100*margin:g}')
     if min_seeds < 2: raise ValueError(f'min_seeds={min_seeds!r} is too few for an interval: give 2 or more')
     if not any(r['kind'] == 'dense' for r in self.rows): raise ValueError("these results have no arm of kind 'dense', and a verdict compares with one")
     check_confidence(confidence)
@@ -342,6 +358,9 @@ def lines(self:Verdict)->list: # of (heading, text), in Markdown
         text += dict.fromkeys(f'With {_name(r.other)}: {r.note}.' for r in rows if r.note)
         said.append((f'{_name(arm)}, level {level}, {short_number(rows[0].sparsity)} % sparsity', ' '.join(text)))
     return said
+
+@patch
+def __repr__(self:Verdict): return re.sub('[`*]', '', self._repr_markdown_())
 
 @patch
 def _repr_markdown_(self:Verdict):

@@ -133,7 +133,7 @@ def _model(
     "Make a model by its name; where a learner is made, take its model."
     from torch import nn
     from torchvision.models import get_model
-    from lth_nb.callback import set_generators
+    from lth_nb.fitting import set_generators
     module, _, rest = name.partition(':')
     function, _, given = rest.partition(':')
     make = partial(get_model, function, weights=None) if module == 'torchvision' else import_function(f'{module}:{function}', 'model')
@@ -168,7 +168,9 @@ def _train(exp, plan, s):
     run = Path(s['out'])
     typer.echo(f'{exp.recipe!r}, into {run}\n{plan.note}', err=True)
     try:
-        with _Epochs(run, plan.left) if plan.left else nullcontext(): results = exp.run(run, s['n_jobs'], progress=False)
+        with _Epochs(run, plan.left) if plan.left else nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.* networks failed')  # the answer ends with why
+            results = exp.run(run, s['n_jobs'], progress=False)
         return results, _save_tickets(exp, run, results) if s['tickets'] else []
     except KeyboardInterrupt:
         typer.echo('Stopped; the same command goes on from here.', err=True)
@@ -243,7 +245,7 @@ def _compare(
     rewind_epoch:Annotated[list[float]|None, _setting('rewind_epoch', 'Epoch to rewind to; give it again for another ticket.')]=None,
     controls:Annotated[str|None, _setting('controls', 'Of each ticket: none, or some of reinit, shuffled, random_mask, dense_long, supermask.')]=None,
     granularity:Annotated[str|None, _setting('granularity', 'What is cut as one: weight, filter, …')]=None,
-    criteria:Annotated[str|None, _setting('criteria', 'What a weight is worth.')]=None,
+    criteria:Annotated[str|None, _setting('criteria', 'What a weight is worth; my_module:my_criterion for one of your own.')]=None,
     n_jobs:Annotated[int|None, _setting('n_jobs', 'Trainings at the same time.')]=None,
     out:Annotated[str|None, _setting('out', "The run's folder; default: runs/ and the name of file or data.")]=None,
     margin:Annotated[float|None, _setting('margin', 'Loss that does not matter; set it beforehand. Default: 1 point of percent, for shares.')]=None,

@@ -16,7 +16,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +40,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms import functional as F
+
+from .files import written
 
 # %% ../nbs/api/08_data.ipynb #f1fe6883
 @dataclass(eq=False)
@@ -249,27 +250,16 @@ class Decoded:
         return np.asarray(self._opened[rows])
 
 # %% ../nbs/api/08_data.ipynb #d4c54ae1
-@contextmanager
-def _written(file):
-    "Open a file for writing that gets its name only when it is whole."
-    tmp = file.with_name(file.name + '.tmp')
-    try:
-        with open(tmp, 'wb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
-
 def _build(file, meta, paths):
     "Decode `paths` into `file`, then write its description beside it."
+    for left_over in file.parent.glob(f'{file.name}.*.tmp'): left_over.unlink()  # of a process that was killed; the lock is ours
     crc = 0
-    with _written(file) as f, ThreadPoolExecutor() as pool: # Pillow decodes outside Python's lock, so threads do
+    with written(file) as f, ThreadPoolExecutor() as pool: # Pillow decodes outside Python's lock, so threads do
         for part in chunked(paths, 512):
             for img in pool.map(partial(square_image, size=meta['size']), part):
                 f.write(img.tobytes())
                 crc = zlib.crc32(img, crc)
-    with _written(file.with_suffix('.json')) as f: f.write(json.dumps({**meta, 'crc32': crc}).encode())
+    with written(file.with_suffix('.json')) as f: f.write(json.dumps({**meta, 'crc32': crc}).encode())
 
 # %% ../nbs/api/08_data.ipynb #83ef1eb2
 def _is_whole(file, meta):

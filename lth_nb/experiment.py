@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import joblib
@@ -24,6 +23,7 @@ import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import defaults
 from fastcore.basics import patch
 from joblib._parallel_backends import LokyBackend, MultiprocessingBackend, SequentialBackend
 from joblib.parallel import get_active_backend
@@ -36,7 +36,6 @@ from .mask import check_sparsity
 from .naming import digest, fingerprint, versions
 from .recipe import Recipe
 from .results import Results, load_mask
-from .rewind import RewindPoint
 from .schedule import Schedule, iterative
 from .store import Store, batch_of
 from .ticket import Ticket
@@ -76,9 +75,10 @@ def _refuse_twice(name, values):
     if twice: raise ValueError(f'{name} has {twice[0]!r} twice: each needs a name of its own')
 
 # %% ../nbs/api/09f_experiment.ipynb #80cdf8c6
-def _check_learner(learn, arms):
+def _check_learner(learn, recipe, arms):
     "Raise `ValueError` for a learner whose training cannot be cut into segments."
     if not len(learn.dls.train): raise ValueError(f'the learner has {len(learn.dls.train_ds)} items to train on, which fill no batch of {learn.dls.bs}: give more, or a smaller batch')
+    if learn.lr not in (defaults.lr, recipe.lr): warnings.warn(f'the learner was made with lr={learn.lr!r}, and trains with that of the recipe, {recipe.lr:g}')
     own = next((cb for cb in learn.cbs if isinstance(cb, (ParamScheduler, EarlyStoppingCallback, ReduceLROnPlateau))), None)
     if own: raise ValueError(f'the learner has a {type(own).__name__}, which knows nothing of rounds and positions: leave it out; anneal= of the recipe gives a schedule')
     if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(a.rewind and a.rewind.step for a in arms):
@@ -101,7 +101,7 @@ def _look(self:Experiment):
     with generators_kept():
         torch.set_num_threads(self.recipe.threads)
         learn, p = self.recipe.make(self.seeds[0]), self.pruning
-        _check_learner(learn, self.arms)
+        _check_learner(learn, self.recipe, self.arms)
         n = len(learn.dls.train)
         weights, data = make_sparsifier(learn, p, self.seeds[0]).weights, fingerprint(learn.dls)
         fixed = _fixed(self, weights, data)
@@ -240,7 +240,9 @@ def run(self:Experiment,
             if set(outcomes.values()) == {'busy'}:
                 bar.set_description('waiting for another process'); time.sleep(.5)
     if not keep_states: store.forget(graph(self.networks.values()))
-    return _collect(self, store, failed).save(store.path)
+    found = _collect(self, store, failed).save(store.path)
+    if found.failed: warnings.warn(f'{len(found.failed)} of {len(self.networks)} networks failed; the first: {found.failed[0]["reason"]} (all stand in results.failed)')
+    return found
 
 def _train_wave(wave, attempt, n_jobs, store, *how):
     "Train the segments of a wave. Where a process dies, those that are left have a turn alone, and the one that kills its process again is the culprit."

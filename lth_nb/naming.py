@@ -21,7 +21,6 @@ import os
 import random
 import sys
 from collections import ChainMap, OrderedDict, deque
-from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -45,7 +44,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from . import __version__
-from .callback import set_generators
+from .fitting import set_generators
 from .rewind import RandomState
 
 # %% ../nbs/api/09_naming.ipynb #34c9ca62
@@ -331,7 +330,7 @@ def _wrapper(value, walk, path):
 # %% ../nbs/api/09_naming.ipynb #ce621931
 _BOOKKEEPING = {'__module__', '__doc__', '__dict__', '__weakref__', '__qualname__', '__annotations__', '__annotate__', '__annotate_func__', '__annotations_cache__',
                 '__firstlineno__', '__static_attributes__', '__signature__', '__orig_bases__', '__parameters__', '__abstractmethods__', '_abc_impl',
-                '__dataclass_params__', '__dataclass_fields__'}
+                '__dataclass_params__', '__dataclass_fields__', '__slotnames__'}
 
 def _generated(value):
     "Was this method written by Python itself?"

@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim import AdamW
 from torchvision import models
 
-from .callback import set_generators
+from .fitting import set_generators
 from .cpu import FastCPU
 from .data import digits_dls, imagenette_dls
 from .naming import digest, versions

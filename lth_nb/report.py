@@ -145,7 +145,7 @@ def _settings(self):
 # %% ../nbs/api/10c_report.ipynb #a9102353
 @patch
 def report(self:Results,
-    path:Path='report.html', # file to write
+    path:Path|None=None, # file to write; default: report.html in the folder of the results
     margin:float|None=None, # the loss that does not matter, set beforehand; default: one point of percent, for shares
     metric:str='accuracy', # a column of the rows
     title:str='Lottery tickets', # of the page
@@ -153,6 +153,7 @@ def report(self:Results,
     confidence:float=95, # percent
 )->Path: # the file
     "Write one self-contained page with verdicts, tables, pictures, failures and settings."
+    path = Path(path or (self.path or Path())/'report.html')
     parts = {'What did not finish': _failed(self), 'How it was made': _settings(self)}
     if self.rows: parts = {
         'What the numbers allow to say': _verdicts(self, margin=margin, metric=metric, min_seeds=min_seeds, confidence=confidence),

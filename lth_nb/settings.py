@@ -124,6 +124,7 @@ def _parts(s):
     check_settings(s, dict.fromkeys([*_OWN, *of_recipe, *of_pruning]))
     data = {n.removesuffix('_learner'): getattr(recipe, n) for n in recipe.__all__ if n.endswith('_learner')}
     learner = import_function(s['learner'], 'learner') if 'learner' in s else _one_of('data', s['data'], data)
+    if ':' in str(s.get('criteria')): s = s | dict(criteria=import_function(s['criteria'], 'criteria'))
     given = {k: s[k] for k in of_recipe if k in s} | dict(learner=learner, anneal=None if str(s['anneal']).lower() == 'none' else s['anneal'])
     return recipe.Recipe(**given), Pruning(**{k: s[k] for k in of_pruning if k in s})
 

@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-from .arms import State, needs
+from .arms import needs
 from .files import written
 from .naming import digest
 from .rewind import ModelState, Position, RandomState, RewindPoint

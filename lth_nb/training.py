@@ -24,10 +24,10 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from joblib.externals.loky import get_reusable_executor
+from joblib.executor import get_memmapping_executor
 
 from .arms import Anywhere, Pruning, Segment, Shuffled, State
-from .callback import MaskCallback, PathCallback, Seeded, one_input, stateful_loss
+from .fitting import MaskCallback, PathCallback, Seeded, one_input, stateful_loss
 from .granularity import has_followers
 from .mask import Mask
 from .recipe import Recipe
@@ -253,7 +253,7 @@ def attempt_apart(
     "Train a segment in a process of its own, which lives on for the next one."
     store, _, _, segment, _ = args
     current_process()._config['daemon'] = False  # Dask's workers are daemons, which may not start processes otherwise
-    try: return get_reusable_executor(max_workers=1, initializer=for_code, initargs=(store.base,)).submit(attempt_segment, *args).result()
+    try: return get_memmapping_executor(1, initializer=for_code, initargs=(store.base,)).submit(attempt_segment, *args).result()
     except BrokenExecutor: return segment, 'its process died: out of memory, or a crash outside Python'
 
 def for_code(

@@ -14,7 +14,7 @@ from helpers_fastai import ConvNet, same, small_dls, small_model
 from torch import nn
 
 from lth_nb.arms import dense, imp, shuffled
-from lth_nb.callback import set_generators
+from lth_nb.fitting import set_generators
 from lth_nb.experiment import Experiment
 from lth_nb.recipe import Recipe, digits_learner
 from lth_nb.results import Results

@@ -517,3 +517,29 @@ def test_an_arm_that_is_never_pruned_goes_along_with_the_level_of_the_other():
     long = [network('long', level, s, .9 + level/100, sparsity=0.) for level in (1, 2, 3) for s in range(3)]
     results = Results(made({('imp', level): [.9, .91, .92] for level in (1, 2, 3)}).rows + tuple(long))
     assert list(results.compare('imp', 'long', level=2).other_level) == [2] and list(results.compare('long', 'imp', sparsity=50).level) == [1]
+
+
+# ------------------------------------------------------------------ in a script
+
+def test_tables_and_verdicts_print_whole():
+    results = example()
+    table, said = str(results.table()), str(results.verdict())
+    assert 'mean over seeds' in table and '...' not in table and len(table.splitlines()) == 2 + len(results.table())
+    assert 'undecided' in said and 'The uncertainty covers the seeds' in said and '`' not in said
+
+
+def test_arms_may_be_given_themselves():
+    from types import SimpleNamespace
+    imp, dense = SimpleNamespace(name='imp'), SimpleNamespace(name='dense')
+    assert str(example().compare(imp, dense)) == str(example().compare('imp', 'dense')) == str(example().compare((imp, 'dense')))
+
+
+def test_what_is_missing_is_said():
+    with pytest.raises(ValueError, match='nothing has finished, and results.failed says why'): Results().table()
+    with pytest.raises(ValueError, match="which have valid_loss, accuracy; give one of them as metric="): example().table('f1')
+    with pytest.warns(UserWarning, match='0.01 points of percent; for a share of 0.01 give 1'): example().verdict(margin=.01)
+
+
+def test_a_report_lies_with_its_results(tmp_path):
+    results = example().save(tmp_path)
+    assert Results.load(tmp_path).report() == tmp_path/'report.html' and (tmp_path/'report.html').exists() and results.path is None

@@ -4,11 +4,10 @@ import pickle
 from dataclasses import fields, replace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lth_nb.arms import (Anywhere, Arm, Grid, Pruned, Pruning, Segment, Shuffled, State, dense, dense_long, finetune, graph, imp, lr_rewind, n_trained, needs,
+from lth_nb.arms import (Anywhere, Grid, Pruned, Pruning, Segment, Shuffled, State, dense, dense_long, finetune, graph, imp, lr_rewind, n_trained, needs,
                          one_shot_ticket, random_mask, reinit, shuffled, supermask)
 from lth_nb.criteria import criterion
 from lth_nb.schedule import geometric, iterative

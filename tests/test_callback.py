@@ -17,7 +17,8 @@ from torch import nn
 
 from helpers_fastai import (N_BATCHES, ConvNet, CpuMixedPrecision, SkipSteps, Spy, Steps, different, is_empty, is_masked, n_zeros,
                             same, small_dls, small_learner, small_model, tensors_of, weights_of)
-from lth_nb.callback import MaskCallback, Seeded, SparsifyCallback
+from lth_nb.callback import SparsifyCallback
+from lth_nb.fitting import MaskCallback, Seeded
 from lth_nb.criteria import large_final
 from lth_nb.rewind import Position, RewindPoint
 from lth_nb.schedule import agp, cos, dsd, geometric, iterative, lin, one_cycle, one_shot
@@ -179,7 +180,7 @@ def test_sparsity_column_in_the_table_and_in_csv(tmp_path):
 def test_mask_holds_in_further_fits():
     sp_cb = positional(reset_end=True)
     learn, *_ = blog_fit(sp_cb)
-    mask, position = sp_cb.mask, sp_cb.position
+    mask = sp_cb.mask
     for fit in (learn.fit, learn.fit_one_cycle):
         steps = Steps(sp_cb)
         was = tensors_of(learn.model)
@@ -371,7 +372,6 @@ def test_loading_dense_weights_into_a_finished_callback_holds_in_the_next_fit(tm
 
 
 def test_export_and_deepcopy_with_the_callback_on_the_learner(tmp_path):
-    from fastai.learner import load_learner
     learn = small_learner(path=tmp_path, cbs=SparsifyCallback(50, start_epoch=1, lth=True))
     del learn.logger
     learn.logger = print

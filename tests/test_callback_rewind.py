@@ -15,7 +15,8 @@ from torch import nn
 
 from helpers_fastai import (BATCH_SIZE, N_BATCHES, CpuMixedPrecision, Everything, Items, Losses, Spy, Steps, different, generators_kept,
                             opt_stats, same, small_dls, small_learner, tensors_of)
-from lth_nb.callback import Seeded, SparsifyCallback
+from lth_nb.callback import SparsifyCallback
+from lth_nb.fitting import Seeded
 from lth_nb.rewind import Position, RandomState, RewindPoint
 from lth_nb.schedule import iterative, one_shot
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lth_nb import __version__, arms
 from lth_nb.arms import Pruning
-from lth_nb.callback import set_generators
+from lth_nb.fitting import set_generators
 from lth_nb.cli import app
 from lth_nb.experiment import Experiment
 from lth_nb.recipe import Recipe, digits_learner
@@ -381,3 +381,10 @@ def test_a_wrong_ticket_and_a_wrong_place_are_one_line(ticket, tmp_path):
 def test_the_makers_of_arms_are_found():
     from lth_nb.settings import _makers
     assert {'dense', 'imp', 'one_shot_ticket', 'lr_rewind', 'finetune', 'reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask'} == set(_makers()) and hasattr(arms, 'imp')
+
+
+def test_a_criterion_of_ones_own(here, monkeypatch):
+    (here/'own_criterion.py').write_text('from lth_nb.criteria import criterion\n\n@criterion\ndef by_square(now): return now**2\n')
+    said = answer('compare', '--criteria', 'own_criterion:by_square', '--plan', '--seeds', 1)
+    assert said['networks'] > 0
+    assert "criteria='own_criterion:none' cannot be imported" in refused(ask('compare', '--criteria', 'own_criterion:none', '--plan'))

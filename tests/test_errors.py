@@ -18,7 +18,8 @@ from torch import nn
 
 from helpers_fastai import (BATCH_SIZE, N_BATCHES, ConvNet, Everything, Items, Losses, RaiseAt, SkipSteps, Spy, Steps, TakeTurns, generators_kept,
                             n_zeros, new_turn, opt_stats, same, small_dls, small_learner, tensors_of)
-from lth_nb.callback import MaskCallback, Seeded, SparsifyCallback
+from lth_nb.callback import SparsifyCallback
+from lth_nb.fitting import MaskCallback, Seeded
 from lth_nb.rewind import Position
 from lth_nb.schedule import agp, cos, dsd, geometric, iterative, lin, one_cycle, one_shot
 from lth_nb.sparsifier import Sparsifier

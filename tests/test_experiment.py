@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lth_nb.arms import (Arm, Pruning, State, dense, dense_long, finetune, imp, lr_rewind, one_shot_ticket, random_mask, reinit, shuffled, supermask)
-from lth_nb.callback import MaskCallback, Seeded, SparsifyCallback
+from lth_nb.callback import SparsifyCallback
+from lth_nb.fitting import MaskCallback, Seeded
 from lth_nb.criteria import criterion
 from lth_nb.experiment import Experiment
 from lth_nb.recipe import Recipe

@@ -18,7 +18,8 @@ from helpers_fastai import generators_kept, small_dls, small_model
 from torch import nn
 
 from lth_nb.arms import dense, dense_long, finetune, imp, lr_rewind, reinit
-from lth_nb.callback import Seeded, SparsifyCallback
+from lth_nb.callback import SparsifyCallback
+from lth_nb.fitting import Seeded
 from lth_nb.experiment import Experiment, _wave
 from lth_nb.recipe import Recipe
 from lth_nb.schedule import one_shot
@@ -220,3 +221,27 @@ def test_what_others_wait_for_is_trained_first_and_no_further(tmp_path):
     assert [list(b) for b in first.values()] == [[end]] == [list(b) for b in more.values()]
     done = exp.run(tmp_path, progress=False)
     assert not done.failed and [r['cost'] for r in done.rows] == [1, 2, 2]
+
+
+# ------------------------------------------------------------------ what a user should be told
+
+def with_a_rate_of_its_own(): return small(lr=.5)
+
+
+def broken(seed_that_fails):
+    if torch.initial_seed() == seed_that_fails: raise RuntimeError('out of luck')
+    return small()
+
+
+def test_failures_are_told_when_a_run_ends(tmp_path):
+    exp = experiment(broken, epochs=1, seeds=(0, 1, 2), seed_that_fails=initial_seed(2))
+    with pytest.warns(UserWarning, match='1 of 3 networks failed; the first: RuntimeError: out of luck'): exp.run(tmp_path, progress=False)
+
+
+def test_a_learner_s_own_rate_is_not_dropped_silently():
+    with pytest.warns(UserWarning, match='made with lr=0.5, and trains with that of the recipe, 0.01'): experiment(with_a_rate_of_its_own).plan()
+
+
+def test_pruning_before_any_training_is_told():
+    with pytest.warns(UserWarning, match='give the dense epochs as start_epoch='): plan = SparsifyCallback(50, lth=True).plan(small(), 6)
+    assert 'fit 0 epochs' not in repr(plan)

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 ORDER = [p.stem.split('_', 1)[1] for p in sorted((ROOT/'nbs/api').glob('[0-9]*.ipynb'))]
-CORE = ['granularity', 'schedule', 'mask', 'criteria', 'rewind', 'sparsifier', 'files', 'ticket']
+CORE = ['granularity', 'schedule', 'mask', 'criteria', 'rewind', 'selection', 'sparsifier', 'files', 'ticket']
 
 
 def imported(module):

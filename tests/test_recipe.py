@@ -4,7 +4,6 @@ import functools
 import importlib
 import itertools
 import json
-import linecache
 import operator
 import os
 import pickle
@@ -34,7 +33,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lth_nb.callback import Seeded
+from lth_nb.fitting import Seeded
 from lth_nb.cpu import FastCPU
 from lth_nb.data import digits_dls
 from lth_nb.naming import _hash, _library_name, digest, fingerprint, versions
@@ -757,3 +756,15 @@ def test_how_a_recipe_looks():
     assert repr(recipe) == "Recipe(make_learner, 3 epochs, anneal='cos', width=3)"
     assert repr(recipe.with_options(width=np.ones(3), opt=print)) == "Recipe(make_learner, 3 epochs, anneal='cos', width=array([1., 1., 1.]), opt=print)"
     assert '| lr | 0.001 |' in recipe._repr_markdown_() and recipe.name in recipe._repr_markdown_()
+
+
+class Copied:
+    "Copying or pickling an instance leaves `__slotnames__` on its class."
+    def __init__(self): self.n = 1
+
+
+def test_a_class_keeps_its_name_after_an_instance_was_copied():
+    from copy import deepcopy
+    before = digest(Copied)
+    deepcopy(Copied())
+    assert '__slotnames__' in vars(Copied) and digest(Copied) == before

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from test_analysis import HOSTILE, KINDS, example, with_masks
+from test_analysis import HOSTILE, example, with_masks
 from lth_nb.results import Results
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,8 @@ from helpers_core import assert_held, conv_net, device, equal, images, n_cut, qu
 from lth_nb.mask import Mask, n_to_cut
 from lth_nb.rewind import named_tensors, unwrap
 from lth_nb.schedule import geometric, iterative
-from lth_nb.sparsifier import Sparsifier, prunable
+from lth_nb.selection import prunable
+from lth_nb.sparsifier import Sparsifier
 
 # ---- the same weights as torch's own global pruning ----
 
@@ -673,3 +674,37 @@ def test_weights_that_are_computed_from_others_are_left_out(norm, layers):
     net(torch.randn(1, 3, 8, 8))
     sp = Sparsifier(net, layers=layers).prune(50)
     assert list(sp.weights) == ['1.weight'] and 'computed from others' in sp.report().notes['0']
+
+
+# ------------------------------------------------------------------ what a user forgets
+
+def attached(**given):
+    "A layer, its optimizer with a cosine schedule, and a sparsifier attached to it."
+    model = nn.Linear(10, 10)
+    sgd = torch.optim.SGD(model.parameters(), .1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 10)
+    return scheduler, Sparsifier(model).attach(sgd, **{k: v(scheduler) for k, v in given.items()})
+
+
+def test_a_scheduler_that_was_left_out_of_a_rewind_is_told(recwarn):
+    for given, warned in (({}, True), (dict(others=lambda s: [s]), False)):
+        _, sp = attached(**given)
+        point = sp.take()
+        recwarn.clear()
+        sp.prune(50, rewind_to=point)
+        assert any('others=[scheduler]' in str(w.message) for w in recwarn.list) == warned
+
+
+@pytest.mark.parametrize('name, value', [('others', lambda s: s), ('loaders', lambda s: torch.utils.data.DataLoader([1])), ('copies', lambda s: nn.Linear(1, 1))])
+def test_what_is_no_list_is_refused(name, value):
+    with pytest.raises(ValueError, match=f'{name} is a .*: give a list'): attached(**{name: value})
+
+
+def test_loaders_are_those_for_training():
+    from fastai.data.core import DataLoaders
+    with pytest.raises(ValueError, match='the one for training'): attached(loaders=lambda s: [DataLoaders([1], [2])])
+
+
+def test_a_selection_is_shown_in_lines_and_not_in_numbers():
+    shown = repr(prunable(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 2))))
+    assert shown.splitlines() == ['2 tensors, 60 weights may be cut:', '0.weight  (5, 10)', '1.weight  (2, 5)']

@@ -1,5 +1,4 @@
 "What a ticket holds comes back to the bit, in every kind of model; what is not a whole ticket is refused, quickly, and changes nothing."
-import copy
 import io
 import os
 import pickle
@@ -23,8 +22,9 @@ import lth_nb.files
 from fuzz_ticket import BATCH, Counter, Net, samples, seal, text, try_input, unseal
 from helpers_core import assert_held, conv_net, equal, images, seeded, train_step  # noqa: F401
 from helpers_fastai import Steps, small_learner
-from lth_nb.callback import MaskCallback, SparsifyCallback
-from lth_nb.rewind import ModelState, Position, RewindPoint, named_tensors
+from lth_nb.callback import SparsifyCallback
+from lth_nb.fitting import MaskCallback
+from lth_nb.rewind import ModelState, Position, named_tensors
 from lth_nb.sparsifier import Sparsifier
 from lth_nb.ticket import Ticket, state_hash
 
