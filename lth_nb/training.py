@@ -223,6 +223,18 @@ def train_segment(
     _fit(learn, recipe, segment, SegmentCallback(sp, store, segment, missing, point, epochs), max(missing))
 
 # %% ../nbs/api/09e_training.ipynb #1a532110
+@contextmanager
+def _locked(file):
+    "Hold a lock file, unless another process does: is it ours?"
+    lock = FileLock(file, timeout=0)
+    try: lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try: yield True
+    finally: lock.release()
+
+# %% ../nbs/api/09e_training.ipynb #d762edfa
 def attempt_segment(
     store:Store, # where everything lies
     recipe:Recipe, # how it is trained
@@ -234,16 +246,12 @@ def attempt_segment(
     folder = store.folder(segment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder/'lock', timeout=0)
-        try: lock.acquire()
-        except Timeout: return segment, 'busy'
-        with lock, generators_kept():
+        with _locked(folder/'lock') as is_ours, generators_kept():
+            if not is_ours: return segment, 'busy'
             for left_over in folder.glob('*.tmp'): left_over.unlink()  # of a process that was killed; only the holder of the lock writes here
             train_segment(store, recipe, pruning, segment, batches)
     except Exception as e:
         return segment, f'{type(e).__name__}: {e}' if all(map(store.has, store.needs(segment))) else 'busy'  # or another process has removed what it needs
-    finally:
-        if 'lock' in locals(): lock.release(force=True)
     return segment, None
 
 # %% ../nbs/api/09e_training.ipynb #4b682c66
