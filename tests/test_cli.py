@@ -226,7 +226,8 @@ def test_a_learner_of_ones_own_in_two_processes(here):
 
 def test_stopped_it_says_so_and_goes_on(here):
     (here/'r.toml').write_text(TINY + 'out = "runs/r"')
-    with subprocess.Popen([sys.executable, '-m', 'lth_nb.cli', 'compare', 'r.toml', '--seeds', '60'], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell makes what it starts in the background deaf to it
+    with subprocess.Popen([sys.executable, '-m', 'lth_nb.cli', 'compare', 'r.toml', '--seeds', '60'], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard) as started:
         until = time.time() + 120
         while len(list(here.glob('runs/r/segments/*/epochs.jsonl'))) < 3 and time.time() < until: time.sleep(.05)
         going = answer('status', 'runs/r')
