@@ -22,7 +22,6 @@ html_static_path, html_css_files, html_favicon = [str(docs/'static')], ['site.cs
 html_context, html_use_index = dict(default_mode='auto'), False
 html_theme_options = dict(repository_url=config.git_url, use_repository_button=True, use_download_button=False, show_toc_level=2)
 
-
 def docname(path): return path.relative_to(processed).with_name(re.sub(r'^\d+[a-z]?_', '', path.stem)).as_posix()
 
 def label(page, name): return f'{page}/{re.sub("[A-Z]", lambda m: "-" + m[0].lower(), name)}'  # labels know no capitals, names do
@@ -30,10 +29,11 @@ def label(page, name): return f'{page}/{re.sub("[A-Z]", lambda m: "-" + m[0].low
 def signature(page, cell):
     "What `show_doc` says of a name: with a label, short types and no addresses; nothing for the methods that only print."
     name, text = re.search(r'show_doc\((.+)\)', cell.source)[1], cell.outputs[0].data['text/markdown']
-    if 'Return repr(self)' in text or 'Call self as a function' in text: return ''
+    if 'Return repr(self)' in text: return ''
     text = re.sub(r'\A---\n|^### .*\n', '', text, flags=re.M).replace('{target="_blank" style="float:right; font-size:smaller"}', '{.source}')
     text = re.sub(r'<function (\w+) at \w+>', r'\1', re.sub(r'\b(?:\w+\.)+([A-Z]\w*)', r'\1', text)).replace(':NoneType=None', '=None')
     shown.add(label(page, name))
+    if 'Call self as a function' in text: return f'({label(page, name)})=\n<span id="{name.lower()}"></span>`{name}`'  # a criterion: a table says the rest
     return f'({label(page, name)})=\n### {name}\n\n<span id="{name.lower()}"></span>\n\n{text}'
 
 def linked(text, here):
