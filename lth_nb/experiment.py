@@ -127,9 +127,9 @@ def grid(self:Experiment)->Grid:
 @patch(as_prop=True)
 def networks(self:Experiment)->dict: # (arm, level, seed) -> the state whose result it is
     "All networks that are compared."
-    *_, fixed = self._seen
+    grid, *_, fixed = self._seen
     if '_networks' not in self.__dict__:
-        found = {(a, level, seed): a.make(self.grid, seed, level) for seed in self.seeds for a in self.arms for level in a.levels_in(self.grid)}
+        found = {(a, level, seed): a.make(grid, seed, level) for seed in self.seeds for a in self.arms for level in a.levels_in(grid)}
         moved = next((a for (a, *_), s in found.items() if isinstance(s.segment.mask, (Shuffled, Anywhere))), None)
         if moved and has_followers(self.pruning.granularity):
             raise ValueError(f'{moved.name} moves weights one by one, and granularity={self.pruning.granularity!r} cuts filters with what follows them: leave it out')
@@ -282,23 +282,23 @@ def _describe(exp, store):
     with written(store.path/'experiment.json') as f: f.write(json.dumps(about, indent=1, default=str).encode())
 
 # %% ../nbs/api/09f_experiment.ipynb #608fe53a
-def _network_row(exp, store, key, state, row):
-    (arm, level, seed), n = key, exp.grid.n_batches
+def _network_row(grid, n_weights, store, key, state, row):
+    (arm, level, seed), n = key, grid.n_batches
     mask = load_mask(store.mask_file(state.segment.mask)) if state.segment.mask is not None else None
-    n_total = mask.n_total if mask else exp._seen[2]
+    n_total = mask.n_total if mask else n_weights
     n_kept = mask.n_kept if mask else n_total
-    head = dict(arm=arm.name, kind=arm.kind, of=arm.of.name if arm.of else None, rewind=arm.rewind.in_epochs(exp.grid) if arm.rewind else None,
+    head = dict(arm=arm.name, kind=arm.kind, of=arm.of.name if arm.of else None, rewind=arm.rewind.in_epochs(grid) if arm.rewind else None,
                 level=level, sparsity=100*(1 - n_kept/n_total), n_kept=n_kept, n_total=n_total, seed=seed, epochs=state.batch/n, cost=n_trained([state])/n)
     metrics = {k: v for k, v in row.items() if k not in ('epoch', 'batch', 'steps', 'seconds')}
     return head | metrics | dict(segment=store.name(state.segment), mask=store.name(state.segment.mask) if mask else None)
 
 def _collect(exp, store, failed):
     "The results of what is done, and why the rest is not."
-    rows, history, broken = [], [], []
+    (grid, _, n_weights, _), rows, history, broken = exp._seen, [], [], []
     for (arm, level, seed), state in exp.networks.items():
         key = dict(arm=arm.name, level=level, seed=seed)
         if (row := store.result(state)) is not None:
-            rows.append(_network_row(exp, store, (arm, level, seed), state, row))
+            rows.append(_network_row(grid, n_weights, store, (arm, level, seed), state, row))
             history += [key | {k: v for k, v in e.items() if k != 'batch'} for e in store.epochs(state.segment) if min(1, state.batch) <= e['batch'] <= state.batch]
         else: broken.append(key | dict(reason=_reason(store, state.segment, failed)))
     info = json.loads((store.path/'experiment.json').read_text())
