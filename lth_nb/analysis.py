@@ -220,6 +220,7 @@ def _levels(self, pair, level, sparsity):
         if not any(known[one].values()) and any(known[other].values()) and found[other] in known[one]: found[one] = found[other]
     return zip(pair, found)
 
+# %% ../nbs/api/10_analysis.ipynb #86fe2d1c
 @patch
 def compare(self:Results,
     *pairs, # two arms or their names, or several pairs of them
@@ -287,6 +288,15 @@ class Verdict:
               'choice of what was measured.')
 
 # %% ../nbs/api/10_analysis.ipynb #c814c532
+def _check_margin(margin, metric):
+    "The margin, one point for shares where none is given; `ValueError` for what is none."
+    if margin is None and not is_share(metric): raise ValueError(f'margin=None: {metric} is no share with a margin of one point; give the loss of it that does not matter')
+    margin = 1. if margin is None else margin
+    if not margin >= 0: raise ValueError(f'margin={margin!r} is no loss: give a number of 0 or more, in the units of {with_unit(metric)}')
+    if is_share(metric) and 0 < margin < .1: warnings.warn(f'margin={margin!r} means {margin:g} points of percent; for a share of {margin:g} give {100*margin:g}')
+    return margin
+
+# %% ../nbs/api/10_analysis.ipynb #f58df2c0
 @patch
 def verdict(self:Results,
     margin:float|None=None, # the loss that does not matter, set beforehand; default: one point of percent, for shares
@@ -298,10 +308,7 @@ def verdict(self:Results,
     higher_is_better:bool|None=None, # of the metric; default: as its name says
 )->Verdict:
     "Judge every ticket against dense and against its controls."
-    if margin is None and not is_share(metric): raise ValueError(f'margin=None: {metric} is no share with a margin of one point; give the loss of it that does not matter')
-    margin = 1. if margin is None else margin
-    if not margin >= 0: raise ValueError(f'margin={margin!r} is no loss: give a number of 0 or more, in the units of {with_unit(metric)}')
-    if is_share(metric) and 0 < margin < .1: warnings.warn(f'margin={margin!r} means {margin:g} points of percent; for a share of {margin:g} give {100*margin:g}')
+    margin = _check_margin(margin, metric)
     if min_seeds < 2: raise ValueError(f'min_seeds={min_seeds!r} is too few for an interval: give 2 or more')
     if not any(r['kind'] == 'dense' for r in self.rows): raise ValueError("these results have no arm of kind 'dense', and a verdict compares with one")
     check_confidence(confidence)

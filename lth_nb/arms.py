@@ -78,6 +78,7 @@ class Pruning:
         if isinstance(state['criteria'], tuple): state['criteria'] = Criterion(*state['criteria'])
         vars(self).update(state)
 
+# %% ../nbs/api/09b_arms.ipynb #04e8bc7b
 @dataclass(frozen=True, eq=False)
 class Pruned(_Named):
     "The mask that pruning a trained network to a sparsity gives."

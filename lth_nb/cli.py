@@ -62,7 +62,7 @@ def _lth_nb(context:typer.Context, version:Annotated[bool, typer.Option('--versi
 
     Exit codes: 0 all went well, 1 an arm failed, 2 wrong input, 130 stopped by Ctrl-C."""
     if version or context.invoked_subcommand is None:
-        print(f'lth-nb {__version__}' if version else context.get_help())
+        typer.echo(f'lth-nb {__version__}' if version else context.get_help())
         raise typer.Exit()
     context.with_resource(warnings.catch_warnings())
     for category in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', category)
@@ -88,7 +88,7 @@ def _answer(
     *shown, # text and tables for people
 ):
     "Print the answer."
-    if as_json: return print(json.dumps(document, indent=1, allow_nan=False, default=str))
+    if as_json: return typer.echo(json.dumps(document, indent=1, allow_nan=False, default=str))
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     for one in shown: console.print(Text(one) if isinstance(one, str) else one)
 

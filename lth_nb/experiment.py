@@ -119,6 +119,7 @@ def _seen(self:Experiment):
         for field, value in (('_found', self._look()), ('_looked_at', name)): object.__setattr__(self, field, value)
     return self._found
 
+# %% ../nbs/api/09f_experiment.ipynb #bcf6ec29
 @patch(as_prop=True)
 def grid(self:Experiment)->Grid:
     "What the arms are told."
@@ -220,6 +221,30 @@ def _wave(store, exp, failed, n_jobs):
     first = {s: known for s, b in ready.items() if (known := [at for at in b if State(s, at) in awaited])}
     return (first if len(first) >= joblib.effective_n_jobs(n_jobs) else ready | first) or None
 
+# %% ../nbs/api/09f_experiment.ipynb #285897bf
+def _train_wave(wave, attempt, n_jobs, store, *how):
+    "Train the segments of a wave. Where a process dies, those that are left have a turn alone, and the one that kills its process again is the culprit."
+    left = dict(wave)
+    pool = dict(initializer=for_code, initargs=(store.base,)) if isinstance(get_active_backend()[0], LokyBackend) and n_jobs != 1 else {}
+    try:
+        for segment, why in joblib.Parallel(n_jobs, return_as='generator_unordered', **pool)(joblib.delayed(attempt)(store, *how, s, b) for s, b in wave.items()):
+            del left[segment]
+            yield segment, why
+    except BrokenExecutor:
+        yield from (attempt_apart(store, *how, s, b) for s, b in left.items())
+
+def _attempt():
+    "How a segment is trained under joblib's active backend: in the worker itself where that is a process and nothing else."
+    own = isinstance(get_active_backend()[0], (LokyBackend, MultiprocessingBackend, SequentialBackend))
+    return attempt_segment if own else attempt_apart
+
+def _told(outcomes, bar):
+    "Pass outcomes on, and advance the bar."
+    for segment, why in outcomes:
+        bar.update(why != 'busy')
+        yield segment, why
+
+# %% ../nbs/api/09f_experiment.ipynb #33e40e5d
 @patch
 def run(self:Experiment,
     path:str|Path, # the run's folder; made if it is not there, gone on with if it is
@@ -243,28 +268,6 @@ def run(self:Experiment,
     found = _collect(self, store, failed).save(store.path)
     if found.failed: warnings.warn(f'{len(found.failed)} of {len(self.networks)} networks failed; the first: {found.failed[0]["reason"]} (all stand in results.failed)')
     return found
-
-def _train_wave(wave, attempt, n_jobs, store, *how):
-    "Train the segments of a wave. Where a process dies, those that are left have a turn alone, and the one that kills its process again is the culprit."
-    left = dict(wave)
-    pool = dict(initializer=for_code, initargs=(store.base,)) if isinstance(get_active_backend()[0], LokyBackend) and n_jobs != 1 else {}
-    try:
-        for segment, why in joblib.Parallel(n_jobs, return_as='generator_unordered', **pool)(joblib.delayed(attempt)(store, *how, s, b) for s, b in wave.items()):
-            del left[segment]
-            yield segment, why
-    except BrokenExecutor:
-        yield from (attempt_apart(store, *how, s, b) for s, b in left.items())
-
-def _attempt():
-    "How a segment is trained under joblib's active backend: in the worker itself where that is a process and nothing else."
-    own = isinstance(get_active_backend()[0], (LokyBackend, MultiprocessingBackend, SequentialBackend))
-    return attempt_segment if own else attempt_apart
-
-def _told(outcomes, bar):
-    "Pass outcomes on, and advance the bar."
-    for segment, why in outcomes:
-        bar.update(why != 'busy')
-        yield segment, why
 
 # %% ../nbs/api/09f_experiment.ipynb #cbc8b0fb
 def _processor():

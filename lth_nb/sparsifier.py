@@ -357,6 +357,7 @@ def _has_scheduler(optimizer):
     "Has one of torch's schedulers been made for it?"
     return any('initial_lr' in group for group in getattr(optimizer, 'param_groups', ()))
 
+# %% ../nbs/api/05_sparsifier.ipynb #0e69fe00
 @patch
 def connect(self:Sparsifier,
     optimizer, # torch's or fastai's
@@ -372,6 +373,7 @@ def connect(self:Sparsifier,
     self.set_mask(self.mask)
     return self
 
+# %% ../nbs/api/05_sparsifier.ipynb #f0cea5fd
 @patch
 def attach(self:Sparsifier,
     optimizer, # a torch optimizer
