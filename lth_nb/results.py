@@ -10,6 +10,7 @@ __all__ = ['save_mask', 'load_mask', 'Results']
 # %% ../nbs/api/09c_results.ipynb #dad41e1c
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -102,7 +103,7 @@ def mask(self:Results,
     row = next((r for r in self.rows if (r['arm'], r['level'], r['seed']) == (arm, level, seed)), None)
     if row is None: raise ValueError(f'there is no network of arm={arm!r}, level={level!r}, seed={seed!r} in these results')
     if row.get('mask') is None: raise ValueError(f'the network of arm={arm!r}, level={level!r}, seed={seed!r} has no mask: nothing of it is pruned')
-    file = (self.path or Path())/'masks'/f'{row["mask"]}.npz'
+    file = Path(os.path.normpath((self.path or Path())/'masks'/f'{row["mask"]}.npz'))
     if not file.exists(): raise ValueError(f'the mask of arm={arm!r}, level={level!r}, seed={seed!r} is not there: no file {file}')
     return load_mask(file)
 
@@ -114,10 +115,10 @@ def _jsonable(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 def _found_from(self, path):
-    "The rows with masks that are found from `path` too: whole paths, where the run lies elsewhere."
+    "The rows with masks that are found from `path` too, where the run lies elsewhere."
     if self.path is None or Path(self.path).resolve() == Path(path).resolve(): return self.rows
-    masks = Path(self.path).resolve()/'masks'
-    return tuple(r | {'mask': str(masks/r['mask'])} if r.get('mask') else r for r in self.rows)
+    masks, here = Path(self.path).resolve()/'masks', Path(path).resolve()/'masks'
+    return tuple(r | {'mask': Path(os.path.relpath(masks/r['mask'], here)).as_posix()} if r.get('mask') else r for r in self.rows)
 
 # %% ../nbs/api/09c_results.ipynb #e57cff4c
 @patch
