@@ -1,7 +1,7 @@
 """Measure side by side, in one run, and write benchmarks/results.md.
 
-    make bench                                  # everything, about half an hour on two cores
-    .venv/bin/python benchmarks/run.py prune    # one part: prune, memory, hold or epoch; its last result is replaced
+    make bench                                  # everything, about an hour and a half on two cores
+    .venv/bin/python benchmarks/run.py prune    # one part: prune, memory, hold, step, epoch or arms; its last result is replaced
 """
 import json
 import platform
@@ -21,16 +21,10 @@ from torch.nn.utils import prune
 from torchvision.models import resnet18, vgg16
 
 from lth_nb.sparsifier import Sparsifier
+from training import ALLOCATORS, VARIANTS, arms_here, arms_peer, epoch_of, seconds, shares_of_step, steps_apart, validation, variant
 
 HERE = Path(__file__).parent
 warnings.filterwarnings('ignore')
-
-
-def seconds(run):
-    "Wall time of one call."
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def side_by_side(contenders, repeats):
@@ -106,25 +100,22 @@ def bench_hold():
     return {name: side_by_side({kind: steps(make, kind == 'masked') for kind in ('dense', 'masked')}, 8) for name, make in OPTIMIZERS.items()}
 
 
-def epoch_learner(kind):
-    "A learner on all of Imagenette at 64 px: plain fastai from JPEGs, or from the cache; with or without the CPU callback."
-    from fastai.vision.all import ImageDataLoaders, Learner, Resize
-    from lth_nb.cpu import FastCPU
-    from lth_nb.data import imagenette_dls, imagenette_path
-    path = imagenette_path()
-    if kind == 'fastai': dls = ImageDataLoaders.from_folder(path, train='train', valid='val', item_tfms=Resize(64), bs=64, num_workers=2)
-    else: dls = imagenette_dls(size=64, bs=64, path=path)
-    return Learner(dls, resnet18(num_classes=10), cbs=[FastCPU(bf16=True)] if kind == 'cache, FastCPU' else [])
-
-
 def bench_epoch():
     "One epoch, training and validation, on all of Imagenette at 64 px, from a filled cache and from JPEGs."
-    def setup(kind):
-        learn = epoch_learner(kind)
-        def epoch():
-            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-        return epoch
-    return side_by_side({k: lambda k=k: setup(k) for k in ('fastai', 'cache', 'cache, FastCPU')}, 2)
+    return side_by_side({kind: partial(epoch_of, kind) for kind in ('fastai', 'cache', 'cache, FastCPU')}, 2)
+
+
+def bench_arms():
+    "The blog's three arms, here and with fasterai."
+    return {'fastai and fasterai': arms_peer(), 'lth_nb': arms_here()}
+
+
+def bench_step():
+    "What a step consists of, and what was tried to make it faster."
+    return dict(shares=shares_of_step(),
+                variants=side_by_side({name: variant(settings) for name, settings in VARIANTS.items()}, 5),
+                allocator=side_by_side({name: lambda env=env: lambda: steps_apart(env) for name, env in ALLOCATORS.items()}, 3),
+                validation=side_by_side({f'batches of {bs}': validation(bs) for bs in (64, 256)}, 5))
 
 
 def machine():
@@ -162,11 +153,24 @@ def write(results):
         parts.append('## An epoch of Imagenette\n\nResNet-18, all 9,469 training and 3,925 validation images at 64 px, batch 64. *fastai*: `ImageDataLoaders.from_folder`, `Resize(64)`, two workers, float32, '
                      'from JPEGs. *cache*: `imagenette_dls` from a filled cache, float32. *FastCPU* adds bf16 autocast and channels_last, asked for by `bf16=True`.\n')
         parts.append(table('Training and validation', results['epoch'], 'fastai'))
+    if r := results.get('step'):
+        parts.append('## A step\n\nResNet-18, 64 px, batch 64, fused AdamW, a 50 % mask. Where the time of a float32 step goes, by the profiler of torch, on real batches:\n\n'
+                     '| | share (%) |\n| :--- | ---: |\n' + '\n'.join(f'| {kind} | {share:.1f} |' for kind, share in r['shares'].items()) + '\n')
+        parts += [table('Ten steps', r['variants'], 'float32'),
+                  table('Fifty steps in a process of its own, with its start', r['allocator'], 'malloc as it comes'),
+                  table('Validating 3,840 images', r['validation'], 'batches of 64')]
+    if r := results.get('arms'):
+        ours, peer = r['lth_nb'], r['fastai and fasterai']
+        parts.append("## The blog's three arms\n\nDense, the ticket rewound to the start and the ticket rewound to epoch 1 with full rounds of five epochs, ResNet-18, all of Imagenette, 64 px, one seed, from JPEGs to three "
+                     'numbers. *fastai and fasterai*: `ImageDataLoaders.from_folder` and three fits; five of the 45 epochs were timed, dense and without its callback, and taken nine times. *lth_nb*: '
+                     f'one `Experiment`, decoding included; every ticket begins with the dense network, which is trained once, so {ours["epochs"]:g} epochs are left ({ours["epochs"]/peer["epochs"]:.2f}), '
+                     f'and an epoch takes {ours["seconds"]/ours["epochs"]:.1f} s instead of {peer["seconds"]/peer["epochs"]:.1f} ({ours["seconds"]/ours["epochs"]/peer["seconds"]*peer["epochs"]:.2f}).\n\n'
+                     '| | epochs | minutes | ratio |\n| :--- | ---: | ---: | ---: |\n' + '\n'.join(f'| {name} | {v["epochs"]:g} | {v["seconds"]/60:.1f} | {v["seconds"]/peer["seconds"]:.2f} |' for name, v in r.items()) + '\n')
     (HERE/'results.md').write_text('\n'.join(parts))
 
 
 def main(names):
-    benches = dict(prune=bench_prune, memory=bench_memory, hold=bench_hold, epoch=bench_epoch)
+    benches = dict(prune=bench_prune, memory=bench_memory, hold=bench_hold, step=bench_step, epoch=bench_epoch, arms=bench_arms)
     file = HERE/'results.json'
     results = json.loads(file.read_text()) if file.exists() else {}
     for name in names or benches:
