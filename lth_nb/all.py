@@ -27,6 +27,7 @@ from .experiment import *
 from .analysis import *
 from .plots import *
 from .overlap import *
+from .connectivity import *
 from .report import *
 
 # %% ../nbs/api/12_all.ipynb #1bd0ab33

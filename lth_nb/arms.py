@@ -6,7 +6,7 @@ Docs: https://lth-nb.github.io/lth_nb/api/arms.html.md"""
 
 # %% auto #0
 __all__ = ['Segment', 'State', 'Pruning', 'Pruned', 'Shuffled', 'Anywhere', 'Grid', 'Arm', 'dense', 'imp', 'one_shot_ticket',
-           'lr_rewind', 'finetune', 'reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask']
+           'lr_rewind', 'finetune', 'reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask', 'twin']
 
 # %% ../nbs/api/09b_arms.ipynb #5b78b352
 import math
@@ -45,6 +45,9 @@ class Segment(_Named):
     carried: Any = None # with optimizer='keep': the `State` whose optimizer goes on
     span: int|None = None # epochs over which the learning rate anneals; None where it is constant
     lr: float|None = None # a constant learning rate instead of the recipe's
+
+    @property
+    def replicate(self): return self.seed % 10**6 # the order of a twin's data counts from the millions
 
 @dataclass(frozen=True, eq=False)
 class State(_Named):
@@ -160,7 +163,7 @@ class Arm:
     "One way to get a network in a comparison."
     name: str # in tables and figures
     make: Callable # grid, seed, level -> `State` of the network when it is trained
-    kind: str = 'ticket' # 'dense', 'ticket', 'baseline' or 'control'
+    kind: str = 'ticket' # 'dense', 'ticket', 'baseline', 'control' or 'twin'
     of: Any = None # the arm whose control this is
     levels: Any = 'all' # which levels are asked for: 'all', 'last' or a list of numbers
     rewind: Any = None # the position it rewinds to; None for none
@@ -170,10 +173,10 @@ class Arm:
     def levels_in(self, grid): # what the experiment says
         "The levels that are asked for, as numbers."
         if self.kind == 'dense': return [0]
-        known = list(range(1, len(grid.sparsities) + 1))
+        known = list(range(0 if self.kind == 'twin' else 1, len(grid.sparsities) + 1))
         chosen = {'all': known, 'last': known[-1:]}.get(self.levels) if isinstance(self.levels, str) else self.levels
         if not isinstance(chosen, Sequence) or not chosen or any(type(l) is not int or l not in known for l in chosen):
-            raise ValueError(f"levels={self.levels!r} of {self.name}: there are levels 1 to {known[-1]}; give a list of some of them, 'all' or 'last'")
+            raise ValueError(f"levels={self.levels!r} of {self.name}: there are levels {known[0]} to {known[-1]}; give a list of some of them, 'all' or 'last'")
         return list(chosen)
 
 # %% ../nbs/api/09b_arms.ipynb #5952e659
@@ -351,3 +354,19 @@ def supermask(
 )->Arm: # not trained at all
     "The ticket's mask on the untrained weights. Source: Zhou et al. 2019, section 4"
     return _control(of, 'supermask', name, _supermask, levels)
+
+# %% ../nbs/api/09b_arms.ipynb #bb0d3f7e
+def _twin(grid, seed, level, of):
+    state = of.make(grid, seed, level)
+    begin = of.rewind.batch(grid)
+    segment = state.segment if level else Segment(seed, start=_from(grid, seed, begin), begin=begin, span=grid.span)
+    return State(replace(segment, seed=2*10**6 + seed, init=seed if segment.start is None else None), state.batch)
+
+def twin(
+    of:Arm, # the ticket
+    levels='all', # 'all', from 0 on, 'last' or a list of numbers
+    name:str|None=None, # default: says what it is
+)->Arm: # trained as the ticket is
+    "The ticket trained once more from its rewind point, with the data in another order. Source: Frankle et al. 2020, section 2"
+    if _ticket_of(of, 'twin').rewind is None: raise ValueError(f'twin(of={of!r}): this arm does not rewind; give one that does, like imp()')
+    return Arm(name or f'twin of {of.name}', partial(_twin, of=of), 'twin', of, levels)

@@ -134,7 +134,7 @@ def networks(self:Experiment)->dict: # (arm, level, seed) -> the state whose res
         moved = next((a for (a, *_), s in found.items() if isinstance(s.segment.mask, (Shuffled, Anywhere))), None)
         if moved and has_followers(self.pruning.granularity):
             raise ValueError(f'{moved.name} moves weights one by one, and granularity={self.pruning.granularity!r} cuts filters with what follows them: leave it out')
-        fresh = next((a for (a, *_), s in found.items() if s.segment.init is not None), None)
+        fresh = next((a for (a, *_), s in found.items() if s.segment.init not in (None, s.segment.replicate)), None)
         if fresh and fixed: raise ValueError(f'{fresh.name} needs a fresh initialisation, and the learner makes {fixed} with the same values for every seed: leave it out, or let the seed draw them')
         object.__setattr__(self, '_networks', found)
     return self._networks
@@ -189,7 +189,7 @@ def _row(segment, batches, uses, n, left):
     named = lambda s: (uses.get(s) or ['a step on the way'])[0]
     above = dict.fromkeys(named(s.segment) for s in needs(segment))
     end = max(*batches, segment.begin)
-    return segment.seed, '; '.join(uses.get(segment, ['a step on the way'])), '; '.join(above), segment.begin/n, end/n, left/n
+    return segment.replicate, '; '.join(uses.get(segment, ['a step on the way'])), '; '.join(above), segment.begin/n, end/n, left/n
 
 @patch
 def plan(self:Experiment,
