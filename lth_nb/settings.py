@@ -101,7 +101,7 @@ def _arms(
 def _tickets_and_controls(rewind_epochs, controls):
     "Make a dense arm, tickets, and the controls of each."
     makers = _makers()
-    have_ticket = {n: f for n, f in makers.items() if (of := signature(f).parameters.get('of')) and of.default is of.empty}
+    have_ticket = {n: f for n, f in makers.items() if (of := signature(f).parameters.get('of')) and of.default is of.empty and f(makers['imp']()).kind == 'control'}
     wanted, tickets = [_one_of('controls', c, have_ticket) for c in controls], [makers['imp'](rewind_epoch=k) for k in rewind_epochs]
     return [makers['dense'](), *tickets, *(control(of=t) for t in tickets for control in wanted)]
 

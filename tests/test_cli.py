@@ -381,7 +381,7 @@ def test_a_wrong_ticket_and_a_wrong_place_are_one_line(ticket, tmp_path):
 
 def test_the_makers_of_arms_are_found():
     from lth_nb.settings import _makers
-    assert {'dense', 'imp', 'one_shot_ticket', 'lr_rewind', 'finetune', 'reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask'} == set(_makers()) and hasattr(arms, 'imp')
+    assert {'dense', 'imp', 'one_shot_ticket', 'lr_rewind', 'finetune', 'reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask', 'twin'} == set(_makers()) and hasattr(arms, 'imp')
 
 
 def test_a_criterion_of_ones_own(here, monkeypatch):
@@ -389,3 +389,11 @@ def test_a_criterion_of_ones_own(here, monkeypatch):
     said = answer('compare', '--criteria', 'own_criterion:by_square', '--plan', '--seeds', 1)
     assert said['networks'] > 0
     assert "criteria='own_criterion:none' cannot be imported" in refused(ask('compare', '--criteria', 'own_criterion:none', '--plan'))
+
+
+def test_a_twin_is_an_arm_of_a_file_and_no_control(tmp_path):
+    "A twin is there to be compared with on the line, not to be beaten."
+    from lth_nb.settings import make_experiment, read_settings
+    with pytest.raises(ValueError, match="controls='twin'"): make_experiment(read_settings(None, dict(controls='twin')))
+    (tmp_path/'t.toml').write_text('[arms.imp]\n[arms.again]\narm = "twin"\nof = "imp"\nlevels = [0]\n')
+    assert [a.kind for a in make_experiment(read_settings(tmp_path/'t.toml', {})).arms] == ['ticket', 'twin']
