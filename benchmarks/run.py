@@ -137,7 +137,7 @@ def table(title, times, base):
 def write(results):
     "results.md from results.json."
     m = results['machine']
-    parts = [f'# Benchmarks\n\nMade by `make bench`. Contenders take turns in one process; the first turn is not counted. '
+    parts = [f'# Benchmarks\n\nMade by `make bench`. Contenders take turns in one process, and the first turn is not counted, where nothing else is said. '
              f'{m["cpu"]}, {m["threads"]} threads, Python {m["python"]}, ' + ', '.join(f'{n} {m[n]}' for n in ('torch', 'torchvision', 'fastai', 'fasterai')) + f'; {m["date"]}. '
              'Machines are noisy: read the ratios.\n']
     if 'prune' in results:
@@ -162,8 +162,8 @@ def write(results):
     if r := results.get('arms'):
         ours, peer = r['lth_nb'], r['fastai and fasterai']
         parts.append("## The blog's three arms\n\nDense, the ticket rewound to the start and the ticket rewound to epoch 1 with full rounds of five epochs, ResNet-18, all of Imagenette, 64 px, one seed, from JPEGs to three "
-                     'numbers. *fastai and fasterai*: `ImageDataLoaders.from_folder` and three fits; five of the 45 epochs were timed, dense and without its callback, and taken nine times. *lth_nb*: '
-                     f'one `Experiment`, decoding included; every ticket begins with the dense network, which is trained once, so {ours["epochs"]:g} epochs are left ({ours["epochs"]/peer["epochs"]:.2f}), '
+                     'numbers. *fastai and fasterai*: `ImageDataLoaders.from_folder` and three fits; five of the 45 epochs were timed, with its Adam, dense and without its callback, and taken nine times. *lth_nb*: '
+                     f'one `Experiment` with `fused_adam`, decoding included; each ran once; every ticket begins with the dense network, which is trained once, so {ours["epochs"]:g} epochs are left ({ours["epochs"]/peer["epochs"]:.2f}), '
                      f'and an epoch takes {ours["seconds"]/ours["epochs"]:.1f} s instead of {peer["seconds"]/peer["epochs"]:.1f} ({ours["seconds"]/ours["epochs"]/peer["seconds"]*peer["epochs"]:.2f}).\n\n'
                      '| | epochs | minutes | ratio |\n| :--- | ---: | ---: | ---: |\n' + '\n'.join(f'| {name} | {v["epochs"]:g} | {v["seconds"]/60:.1f} | {v["seconds"]/peer["seconds"]:.2f} |' for name, v in r.items()) + '\n')
     (HERE/'results.md').write_text('\n'.join(parts))

@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -47,14 +48,11 @@ def arms_here():
     from lth_nb.all import Experiment, Recipe, dense, imagenette_learner, imp, iterative
     recipe = Recipe(imagenette_learner, epochs=EPOCHS, lr=1e-3, threads=os.cpu_count(), options=dict(size=64, bs=64, opt='fused_adam'))
     exp = Experiment(recipe, [dense(), imp(), imp(rewind_epoch=1, full_epochs=True)], iterative, 50, [0])
-    with TemporaryDirectory() as folder:
-        os.environ['LTH_NB_CACHE'] = folder
-        try:
-            start = time.perf_counter()
-            epochs = exp.plan().epochs
-            found = exp.run(Path(folder)/'run', progress=False)
-            taken = time.perf_counter() - start
-        finally: del os.environ['LTH_NB_CACHE']
+    with TemporaryDirectory() as folder, patch.dict(os.environ, LTH_NB_CACHE=folder):
+        start = time.perf_counter()
+        epochs = exp.plan().epochs
+        found = exp.run(Path(folder)/'run', progress=False)
+        taken = time.perf_counter() - start
     if found.failed: raise RuntimeError(found.failed)
     return dict(seconds=taken, epochs=epochs, accuracies=[r['accuracy'] for r in found.rows if r['level'] in (0, 3)])
 

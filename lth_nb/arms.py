@@ -359,7 +359,7 @@ def supermask(
 def _twin(grid, seed, level, of):
     state = of.make(grid, seed, level)
     begin = of.rewind.batch(grid)
-    segment = state.segment if level else Segment(seed, start=_from(grid, seed, begin), begin=begin, span=grid.span)
+    segment = state.segment if level else Segment(seed, start=_from(grid, seed, begin), begin=begin, span=grid.span, optimizer='restore' if begin else 'fresh')
     return State(replace(segment, seed=2*10**6 + seed, init=seed if segment.start is None else None), state.batch)
 
 def twin(

@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
-from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
 
 from .analysis import NotedTable, check_confidence, is_share, lower_is_better, noted_table, t_interval, with_unit
 from .experiment import Experiment
-from .fitting import inputs_of, set_generators
+from .fitting import set_generators, stateful_loss
 from .plots import axes_for, legend_above
+from .results import load_mask
 from .rewind import ModelState
 from .store import Store
 from .training import generators_kept, make_learner, validated
@@ -38,20 +40,25 @@ def between(
     return ModelState({n: torch.lerp(t, b.tensors[n], share) if t.is_floating_point() else t for n, t in a.tensors.items()}, a.extra)
 
 # %% ../nbs/api/10d_connectivity.ipynb #2503029f
-class _OneInput(nn.Module):
-    "A model that takes its inputs as one tuple."
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-    def forward(self, inputs): return self.model(*inputs)
+class _Counting(Callback):
+    "Let some layers count while the rest is validated."
+    def __init__(self, norms): self.norms = norms
+    def before_validate(self):
+        for m in self.norms: m.train()
 
 def recount_norm(
     learn:Learner, # with the weights that are asked about
     seed:int=0, # of the order and the augmentation of the data
 ):
-    "Count the running statistics of batch norm anew over the training data."
+    "Count the running statistics of batch norm anew over the training data, if there is any."
+    norms = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None # the mean of all batches
     set_generators(seed, 0, learn.dls.train)
-    update_bn(((inputs_of(learn, batch),) for batch in learn.dls.train), _OneInput(learn.model))
+    if norms: validated(learn, dl=learn.dls.train, cbs=_Counting(norms))
+    for m, momentum in zip(norms, momenta): m.momentum = momentum
 
 # %% ../nbs/api/10d_connectivity.ipynb #208ffd3c
 def barrier(
@@ -82,30 +89,41 @@ def _pairs(exp, store):
     pairs = {(arm, level, seed): (arm.of.make(exp.grid, seed, level), state) for (arm, level, seed), state in twins.items()}
     for (arm, level, seed), states in pairs.items():
         for name, state in zip((arm.of.name if level else 'dense', arm.name), states):
-            if not store.has(state): raise ValueError(f'path={str(store.path)!r} has no weights of {name}, level {level}, seed {seed}: run an experiment with this arm, and keep_states=True')
+            if not store.has(state): raise ValueError(f'path={str(store.path)!r} has no weights of {name}, level {level}, seed {seed}: run an experiment with this arm in a new folder, with keep_states=True')
+    lines = [(arm.of.name, level, seed) for arm, level, seed in pairs]
+    twice = next((line for i, line in enumerate(lines) if line in lines[:i]), None)
+    if twice: raise ValueError(f'{twice[0]}, level {twice[1]}, has two twins: give one')
     return pairs
+
+def _sparsity(store, segment):
+    "Percent that a segment's mask cuts."
+    if segment.mask is None: return 0.
+    mask = load_mask(store.mask_file(segment.mask))
+    return 100*(1 - mask.n_kept/mask.n_total)
 
 # %% ../nbs/api/10d_connectivity.ipynb #3131fa56
 def _point(learn, a, b, share, seed):
     "What the network at a share of the way gives."
     between(a, b, share).restore(learn.model)
-    if 0 < share < 1: recount_norm(learn, seed)
+    recount_norm(learn, seed)
     return validated(learn)
 
 @patch
 def connectivity(self:Experiment,
     path:str|Path, # the run's folder
     n_points:int=11, # on each line, with both ends
-)->Connectivity:
-    "Measure the networks between each ticket and its twin."
+    progress:bool=True, # show a progress bar
+)->Connectivity: # measured on the validation set
+    "Measure the networks between each ticket and its twin. A point costs a validation, and with batch norm a pass over the training data."
     if not isinstance(n_points, int) or n_points < 3: raise ValueError(f'n_points={n_points!r}: must be a whole number from 3 up')
     store, rows = Store(Path(path).absolute(), self._seen[1]), []
     with generators_kept():
         torch.set_num_threads(self.recipe.threads)
-        for (arm, level, seed), states in _pairs(self, store).items():
+        for (arm, level, seed), states in tqdm(_pairs(self, store).items(), unit='line', disable=not progress):
             learn = make_learner(self.recipe, states[0].segment)
+            if stateful_loss(learn): raise ValueError('the loss has tensors of its own, and there is no telling what it is between two networks')
             a, b = (store.load(s).model for s in states)
-            line = dict(arm=arm.of.name, level=level, sparsity=self.grid.sparsities[level - 1] if level else 0., seed=seed)
+            line = dict(arm=arm.of.name, level=level, sparsity=_sparsity(store, states[0].segment), seed=seed)
             rows += [line | dict(share=100*share) | _point(learn, a, b, share, seed) for share in np.linspace(0, 1, n_points)]
     return Connectivity(pd.DataFrame(rows))
 

@@ -332,7 +332,7 @@ def ticket(self:Experiment,
     if segment.start is not None and segment.start.batch != segment.begin: raise ValueError(f'arm={found.name!r} keeps its trained weights: it has no rewind point to make a ticket of')
     if segment.mask is None: raise ValueError(f'arm={found.name!r} is not pruned: there is no ticket in it')
     if not store.mask_file(segment.mask).exists(): raise ValueError(f'path={str(path)!r} has no network of {found.name}, level {level}, seed {seed} yet: run the experiment')
-    if not all(map(store.has, needs(replace(segment, mask=None)))): raise ValueError(f'path={str(path)!r} has not kept the weights that {found.name} starts from: run with keep_states=True')
+    if not all(map(store.has, needs(replace(segment, mask=None)))): raise ValueError(f'path={str(path)!r} has not kept the weights that {found.name} starts from: run it in a new folder with keep_states=True')
     with generators_kept():
         learn = make_learner(self.recipe, segment)
         learn.create_opt()

@@ -103,7 +103,7 @@ def mask(self:Results,
     row = next((r for r in self.rows if (r['arm'], r['level'], r['seed']) == (arm, level, seed)), None)
     if row is None: raise ValueError(f'there is no network of arm={arm!r}, level={level!r}, seed={seed!r} in these results')
     if row.get('mask') is None: raise ValueError(f'the network of arm={arm!r}, level={level!r}, seed={seed!r} has no mask: nothing of it is pruned')
-    file = Path(os.path.normpath((self.path or Path())/'masks'/f'{row["mask"]}.npz'))
+    file = Path(os.path.normpath((self.path or Path()).resolve()/'masks'/f'{row["mask"]}.npz'))
     if not file.exists(): raise ValueError(f'the mask of arm={arm!r}, level={level!r}, seed={seed!r} is not there: no file {file}')
     return load_mask(file)
 
@@ -118,7 +118,8 @@ def _found_from(self, path):
     "The rows with masks that are found from `path` too, where the run lies elsewhere."
     if self.path is None or Path(self.path).resolve() == Path(path).resolve(): return self.rows
     masks, here = Path(self.path).resolve()/'masks', Path(path).resolve()/'masks'
-    return tuple(r | {'mask': Path(os.path.relpath(masks/r['mask'], here)).as_posix()} if r.get('mask') else r for r in self.rows)
+    way = (lambda file: file) if masks.drive != here.drive else lambda file: os.path.relpath(file, here)
+    return tuple(r | {'mask': Path(way(masks/r['mask'])).as_posix()} if r.get('mask') else r for r in self.rows)
 
 # %% ../nbs/api/09c_results.ipynb #e57cff4c
 @patch

@@ -32,7 +32,7 @@ from .granularity import has_followers
 from .mask import Mask
 from .recipe import Recipe
 from .results import load_mask, save_mask
-from .rewind import ModelState, Position, RandomState, RewindPoint, restore_optimizer
+from .rewind import Position, RandomState, RewindPoint, restore_optimizer
 from .sparsifier import Sparsifier
 from .store import Store, pack_point, unpack_point
 
@@ -49,9 +49,7 @@ def make_learner(
     segment:Segment, # whose seed and initialisation it shall have
 )->Learner: # at position 0
     "Make the learner of a segment."
-    learn = recipe.make(segment.seed)
-    if segment.init is not None: ModelState.take(recipe.make(segment.init).model).restore(learn.model)
-    return learn
+    return recipe.make(segment.seed if segment.init is None else segment.init)
 
 @contextmanager
 def generators_kept():
@@ -193,10 +191,11 @@ def _fit(learn, recipe, segment, callback, end):
 
 def validated(
     learn:Learner, # with weights, trained or not
+    **how, # loader and callbacks, for `Learner.validate`
 )->dict: # loss and metrics
     "Validate a network without a fit."
     onlookers = [cb for cb in learn.cbs if cb.order > Recorder.order]  # which expect a fit
-    with learn.no_bar(), learn.no_logging(), learn.removed_cbs(onlookers): values = learn.validate()
+    with learn.no_bar(), learn.no_logging(), learn.removed_cbs(onlookers): values = learn.validate(**how)
     return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], values))
 
 def _untrained(learn, store, segment):

@@ -543,3 +543,12 @@ def test_what_is_missing_is_said():
 def test_a_report_lies_with_its_results(tmp_path):
     results = example().save(tmp_path)
     assert Results.load(tmp_path).report() == tmp_path/'report.html' and (tmp_path/'report.html').exists() and results.path is None
+
+
+def test_masks_are_found_from_a_folder_that_is_a_link(tmp_path):
+    results = with_masks(example(), tmp_path/'run')
+    (real := tmp_path/'far/away/kept').mkdir(parents=True)
+    (tmp_path/'link').symlink_to(real)
+    results.save(tmp_path/'link')
+    row = next(r for r in results.rows if r['mask'])
+    for folder in (tmp_path/'link', real): assert Results.load(folder).mask(row['arm'], row['level'], row['seed']) == results.mask(row['arm'], row['level'], row['seed'])

@@ -1,20 +1,22 @@
 "Twins and the line between them and their tickets: what they share, where they part, and batch norm between the ends."
+import os
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from helpers_experiment import digits, of_points
+from fastai.callback.core import Callback
+from helpers_experiment import digits, of_points, points
 from helpers_fastai import same
 from torch import nn
 
-from lth_nb.arms import dense, imp, shuffled, twin
-from lth_nb.connectivity import barrier, between
+from lth_nb.arms import Arm, dense, imp, shuffled, twin
+from lth_nb.connectivity import barrier, between, recount_norm
 from lth_nb.experiment import Experiment
-from lth_nb.rewind import ModelState, RandomState
+from lth_nb.rewind import RandomState
 from lth_nb.schedule import iterative, one_shot
 from lth_nb.store import Store
-from lth_nb.training import make_learner
 
 STEP, EPOCH, START = imp(rewind_step=5), imp(rewind_epoch=1), imp()
 
@@ -28,42 +30,47 @@ def state_of(exp, path, arm, level, seed=3):
     return store.load(state).model, state.segment, store
 
 
+class Watch(Callback):
+    "Write down what is trained on, and a random number of each step; in a file, since values of a class are part of a recipe's name."
+    def before_batch(self):
+        if self.training: print(self.xb[0].sum().item(), torch.rand(()).item(), file=open(os.environ['SEEN'], 'a'))
+
+
+def seen_by(path, arm, before, monkeypatch):
+    "What a network's last training sees, when all it builds on is there."
+    recipe = of_points(3, options=dict(noise=False, cbs=(Watch,)))
+    monkeypatch.setenv('SEEN', os.devnull)
+    experiment([dense(), *before], recipe).run(path, progress=False)
+    monkeypatch.setenv('SEEN', str(path/'seen'))
+    experiment([dense(), arm], recipe).run(path, progress=False)
+    return [line.split() for line in (path/'seen').read_text().splitlines()]
+
+
+@pytest.mark.parametrize('ticket', [START, STEP, EPOCH], ids=['start', 'step', 'epoch'])
+def test_a_twin_sees_as_many_batches_as_its_ticket_in_another_order_with_other_noise(tmp_path, ticket, monkeypatch):
+    of_ticket = seen_by(tmp_path/'a', ticket, [twin(of=ticket, levels=[0])], monkeypatch)
+    of_twin = seen_by(tmp_path/'b', twin(of=ticket, levels=[1]), [ticket], monkeypatch)
+    assert len(of_ticket) == len(of_twin) > 3
+    for one, other in zip(zip(*of_ticket), zip(*of_twin)): assert not set(one[:2]) & set(other[:2])
+
+
+def _as_its_ticket(grid, seed, level, of):
+    state = twin(of=of).make(grid, seed, level)
+    return replace(state, segment=replace(state.segment, seed=seed))
+
+
 @pytest.mark.parametrize('ticket', [START, STEP, EPOCH], ids=['start', 'step', 'epoch'])
 @pytest.mark.parametrize('level', [0, 1])
-def test_a_twin_starts_as_the_ticket_does_and_ends_elsewhere(tmp_path, ticket, level):
-    exp = experiment([dense(), ticket, twin(of=ticket)])
+def test_in_the_same_order_a_twin_would_be_the_ticket(tmp_path, ticket, level):
+    "All that differs between the two is the seed of order and noise: start, optimizer and learning rate are the same."
+    recipe = of_points(3, anneal='cos')
+    same_again = Arm('again', partial(_as_its_ticket, of=ticket), 'twin', ticket, [level])
+    exp = experiment([dense(), ticket, same_again], recipe)
     assert not exp.run(tmp_path, progress=False).failed
-    (a, segment, store), (b, again, _) = (state_of(exp, tmp_path, arm, level) for arm in (ticket, twin(of=ticket)))
-    assert again.begin == ticket.rewind.batch(exp.grid) and again.mask == segment.mask and again.replicate == segment.seed != again.seed
-    begun = []
-    for s in (replace(segment, begin=again.begin, start=again.start), again):
-        learn = make_learner(exp.recipe, s)
-        learn.create_opt()
-        store.start(exp.recipe, learn, s)
-        begun.append(ModelState.take(learn.model).tensors)
-    assert same(*begun)
-    assert not torch.equal(a.tensors['0.weight'], b.tensors['0.weight'])
-
-
-def batches_of(exp, store, segment):
-    "What a segment trains on from its start to the end of that epoch."
-    learn, seen = make_learner(exp.recipe, segment), []
-    learn.create_opt()
-    point = store.start(exp.recipe, learn, segment)
-    from lth_nb.fitting import set_generators
-    from lth_nb.rewind import Resume
-    set_generators(segment.seed, point.position.epoch, learn.dls.train)
-    for x, _ in Resume(learn.dls.train, point): seen.append(x)
-    return torch.stack(seen), torch.rand(3)
-
-
-def test_inside_an_epoch_a_twin_has_an_order_and_a_noise_of_its_own(tmp_path):
-    exp = experiment([dense(), STEP, twin(of=STEP)])
-    exp.run(tmp_path, progress=False)
-    _, ticket, store = state_of(exp, tmp_path, STEP, 1)
-    _, other, _ = state_of(exp, tmp_path, twin(of=STEP), 1)
-    (x, noise), (y, other_noise) = batches_of(exp, store, ticket), batches_of(exp, store, other)
-    assert x.shape == y.shape and not torch.equal(x, y) and not torch.equal(noise, other_noise)
+    (a, *_), (b, *_) = (state_of(exp, tmp_path, arm, level) for arm in (ticket, same_again))
+    assert same(a.tensors, b.tensors)
+    (c, segment, _) = state_of(twins := experiment([dense(), ticket, twin(of=ticket)], recipe), twins.run(tmp_path, progress=False).path, twin(of=ticket), level)
+    assert not same(a.tensors, c.tensors) and segment.replicate == 3 != segment.seed
 
 
 def test_the_twins_of_two_seeds_differ_and_the_plan_counts_replicates(tmp_path):
@@ -80,24 +87,37 @@ def test_the_line_leaves_files_and_generators_alone(tmp_path):
     exp.run(tmp_path, progress=False)
     files = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
     torch.manual_seed(5); before = RandomState.take()
-    first = exp.connectivity(tmp_path, n_points=3)
+    first = exp.connectivity(tmp_path, n_points=3, progress=False)
     assert torch.equal(before.cpu, RandomState.take().cpu) and files == {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
-    assert first.frame.equals(exp.connectivity(tmp_path, n_points=3).frame)
+    assert first.frame.equals(exp.connectivity(tmp_path, n_points=3, progress=False).frame)
 
 
-def test_batch_norm_is_counted_anew_between_the_ends_and_nowhere_else(tmp_path):
-    exp = experiment([dense(), EPOCH, twin(of=EPOCH)])
-    results = exp.run(tmp_path, progress=False)
-    frame = exp.connectivity(tmp_path, n_points=3).frame.query('level == 1')
-    (a, segment, _), (b, *_) = (state_of(exp, tmp_path, arm, 1) for arm in (EPOCH, twin(of=EPOCH)))
-    ends = [next(r['valid_loss'] for r in results.rows if (r['arm'], r['level']) == (arm.name, 1)) for arm in (EPOCH, twin(of=EPOCH))]
-    assert list(frame.valid_loss.iloc[[0, 2]]) == ends
-    learn = make_learner(exp.recipe, segment)
-    between(a, b, .5).restore(learn.model)
-    with learn.no_bar(), learn.no_logging(): not_counted = learn.validate()[0]
-    assert frame.valid_loss.iloc[1] != not_counted
+def _itself(grid, seed, level, of): return of.make(grid, seed, level)
+
+
+def test_a_line_from_a_network_to_itself_is_flat(tmp_path):
+    "Batch norm is counted anew at all points or at none."
+    exp = experiment([dense(), EPOCH, Arm('itself', partial(_itself, of=EPOCH), 'twin', EPOCH, [0, 1])], of_points(3, options=dict(noise=False)))
+    exp.run(tmp_path, progress=False)
+    frame = exp.connectivity(tmp_path, n_points=5, progress=False).frame
+    assert (frame.groupby('level').valid_loss.agg(np.ptp) < 1e-6).all()
+
+
+class Doubled(Callback):
+    "Change what the model is given."
+    def before_batch(self): self.learn.xb = tuple(2*x for x in self.xb)
+
+
+def test_statistics_are_counted_of_what_the_model_is_given():
+    learn = points(noise=False, cbs=(Doubled,))
     norm = next(m for m in learn.model.modules() if isinstance(m, nn.BatchNorm1d))
-    assert torch.allclose(norm.running_mean, torch.lerp(a.tensors['1.running_mean'], b.tensors['1.running_mean'], .5))
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    recount_norm(learn)
+    inputs = []
+    norm.register_forward_pre_hook(lambda m, x: inputs.append(x[0].detach()))
+    with learn.no_bar(), learn.no_logging(): learn.validate(dl=learn.dls.train)
+    assert torch.allclose(norm.running_mean, torch.stack([x.mean(0) for x in inputs]).mean(0), atol=1e-5)
+    assert norm.momentum == .1 and all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
 
 
 def test_cut_weights_stay_cut_on_the_whole_line(tmp_path):
@@ -119,7 +139,11 @@ def test_what_cannot_be_is_said(tmp_path):
     with pytest.raises(ValueError, match='levels 0 to 3'): twin(of=START, levels=[4]).levels_in(exp.grid)
     with pytest.raises(ValueError, match='give the arm of a ticket'): twin(of=shuffled(of=START))
     exp.run(tmp_path, keep_states=False, progress=False)
-    with pytest.raises(ValueError, match='keep_states=True'): exp.connectivity(tmp_path)
+    with pytest.raises(ValueError, match='in a new folder, with keep_states=True'): exp.connectivity(tmp_path, progress=False)
+    twice = Experiment(digits(), [dense(), START, twin(of=START), twin(of=START, name='again')], one_shot, 50, [0])
+    twice.run(tmp_path/'twice', progress=False)
+    with pytest.raises(ValueError, match='has two twins'): twice.connectivity(tmp_path/'twice', progress=False)
     with pytest.raises(ValueError, match="metric='top_5' is not there"):
         (connected := Experiment(digits(), exp.arms, one_shot, 50, [0])).run(tmp_path/'b', progress=False)
-        connected.connectivity(tmp_path/'b', 3).barriers('top_5')
+        connected.connectivity(tmp_path/'b', 3, progress=False).barriers('top_5')
+
