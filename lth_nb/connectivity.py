@@ -35,7 +35,7 @@ def between(
     b:ModelState, # the other end, of the same model
     share:float, # of the way from a to b, 0 to 1
 )->ModelState:
-    "Interpolate two states linearly; what is no floating-point number stays as in `a`."
+    "Interpolate two states linearly; tensors that hold no floating-point numbers stay as in `a`."
     if share == 1: return b
     return ModelState({n: torch.lerp(t, b.tensors[n], share) if t.is_floating_point() else t for n, t in a.tensors.items()}, a.extra)
 
@@ -141,7 +141,7 @@ def barriers(self:Connectivity,
         mean, low, high = t_interval(values, confidence)
         rows.append(dict(arm=arm, level=level, sparsity=sparsity, barrier=mean, low=low, high=high, max=values.max(), n_seeds=len(values)))
     return noted_table(rows, f'{with_unit(metric)}: how much worse the worst point between ticket and twin is than both on average; mean over seeds with its {confidence:g} % t interval. '
-                       'In points of percent of an error, less than 2 counts as stable in Frankle et al. 2020.')
+                       'Below 2 percentage points of error counts as stable in Frankle et al. 2020.')
 
 # %% ../nbs/api/10d_connectivity.ipynb #4aa2c053
 @patch
@@ -160,6 +160,6 @@ def plot(self:Connectivity,
         mean, low, high = t_interval(values.T, confidence)
         line, = ax.plot(wide.columns, mean, marker='.', label=arm)
         ax.fill_between(wide.columns, low, high, color=line.get_color(), alpha=.15, lw=0)
-    ax.set(xlabel='share of the way from ticket to twin (%)', ylabel=with_unit(metric))
+    ax.set(xlabel='share of the way between both trainings (%)', ylabel=with_unit(metric))
     legend_above(ax)
     return ax
