@@ -397,3 +397,11 @@ def test_a_twin_is_an_arm_of_a_file_and_no_control(tmp_path):
     with pytest.raises(ValueError, match="controls='twin'"): make_experiment(read_settings(None, dict(controls='twin')))
     (tmp_path/'t.toml').write_text('[arms.imp]\n[arms.again]\narm = "twin"\nof = "imp"\nlevels = [0]\n')
     assert [a.kind for a in make_experiment(read_settings(tmp_path/'t.toml', {})).arms] == ['ticket', 'twin']
+
+
+def test_the_file_of_the_gpu_workflow_has_the_three_arms_of_the_blog():
+    from lth_nb.settings import _arms, _parts, read_settings
+    settings = read_settings(Path(__file__).parents[1]/'experiments/gpu.toml', {})
+    recipe, _ = _parts(settings)
+    assert [(a.kind, str(a.rewind)) for a in _arms(settings['arms'])] == [('dense', 'None'), ('ticket', 'initialisation'), ('ticket', 'epoch 1')]
+    assert recipe.epochs == 5 and recipe.options['size'] == 128
