@@ -5,7 +5,8 @@
     .venv/bin/python experiments/imagenette.py blog:0,1 far   # two seeds of one part side by side, all seeds of another one by one
 
 A seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
-a run that was stopped goes on. Recipes and questions were fixed before the first run.
+a run that was stopped goes on. Recipes and questions were fixed before the first run, but for `twin`: it asks what the results of
+`one_cycle` left open.
 """
 import os
 import sys
@@ -13,13 +14,14 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from lth_nb.all import Experiment, Recipe, Results, dense, dense_long, finetune, geometric, imagenette_learner, imp, iterative, reinit, shuffled
+from lth_nb.all import Experiment, Recipe, Results, dense, dense_long, finetune, geometric, imagenette_learner, imp, iterative, reinit, shuffled, twin
 
 HERE = Path(__file__).with_suffix('')
 
 BLOG = Recipe(imagenette_learner, epochs=5, lr=1e-3, options=dict(size=64, bs=64, opt='fused_adam'))
 EARLY, LATE = imp(), imp(rewind_epoch=1)
 STEP_37 = imp(rewind_step=37)
+ONE_CYCLE = replace(BLOG, anneal='one_cycle')
 
 PARTS = {
     # is there a gain, and beyond what the controls reach?
@@ -29,7 +31,9 @@ PARTS = {
     # what the optimizer, the blog's longer rounds and plain fine-tuning do
     'rounds': Experiment(BLOG, [dense(), finetune(of=EARLY), imp(rewind_epoch=1, full_epochs=True), imp(optimizer='keep')], iterative, 50, range(3)),
     # with a learning rate that ends low
-    'one_cycle': Experiment(replace(BLOG, anneal='one_cycle'), [dense(), EARLY, LATE], iterative, 50, range(3)),
+    'one_cycle': Experiment(ONE_CYCLE, [dense(), EARLY, LATE], iterative, 50, range(3)),
+    # does a ticket still learn faster on another order of the images, or from other initial weights?
+    'twin': Experiment(ONE_CYCLE, [dense(), EARLY, twin(of=EARLY, levels='last'), reinit(of=EARLY)], iterative, 50, range(3)),
     # the blog's image size
     '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LATE], iterative, 50, range(1)),
     # what bfloat16 costs, beside the dense networks of `blog`
