@@ -2,7 +2,7 @@
 
     .venv/bin/python experiments/digits.py    # resumes; the numbers go to experiments/digits/, the states to runs/digits
 
-The recipe was fixed before the first run: Adam at 1.2e-3 as in the paper's table 2, batches of 64, ten epochs; 20 % of what is left is cut fifteen times,
+The recipe was fixed before the first run: Adam at 1.2e-3 as in the paper's figure 2, batches of 64, ten epochs; 20 % of what is left is cut fifteen times,
 half of that in the output layer; ten seeds.
 """
 import sys

@@ -262,7 +262,7 @@ def lr_rewind(
     rewind_epoch:float=0, # where learning rate and data order go back to, in epochs
     name:str|None=None, # default: says what it is
 )->Arm: # every level is a result
-    "Prune, keep the weights, and train again from a position on. Source: Renda et al. 2020, section 3"
+    "Prune, keep the weights, and train again from a position on. Source: Renda et al. 2020, section 2"
     rewind = _Rewind(rewind_epoch)
     make = partial(_kept_weights, n_epochs=lambda grid: grid.end - rewind.batch(grid), anneals=True, lr=None)
     return Arm(name or f'learning rate → {rewind}', make, 'baseline')
@@ -279,7 +279,7 @@ def finetune(
     epochs:float|None=None, # epochs a round; default: those of the ticket, or T
     name:str|None=None, # default: says what it is
 )->Arm: # every level is a result
-    "Prune, keep the weights, and train on at a constant rate. Source: Renda et al. 2020, section 3"
+    "Prune, keep the weights, and train on at a constant rate. Source: Renda et al. 2020, section 2"
     if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr < math.inf): raise ValueError(f'lr={lr!r} is not a learning rate: give a number above 0')
     if epochs is not None and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf): raise ValueError(f'epochs={epochs!r} is not a training length: give a number above 0')
     if of is not None: _ticket_of(of, 'finetune')
@@ -352,7 +352,7 @@ def supermask(
     levels='last', # 'all', 'last' or a list of numbers
     name:str|None=None, # default: says what it is
 )->Arm: # not trained at all
-    "The ticket's mask on the untrained weights. Source: Zhou et al. 2019, section 4"
+    "The ticket's mask on the untrained weights. Source: Zhou et al. 2019, section 5"
     return _control(of, 'supermask', name, _supermask, levels)
 
 # %% ../nbs/api/09b_arms.ipynb #bb0d3f7e
@@ -367,6 +367,6 @@ def twin(
     levels='all', # 'all', from 0 on, 'last' or a list of numbers
     name:str|None=None, # default: says what it is
 )->Arm: # trained as the ticket is
-    "The ticket trained once more from its rewind point, with the data in another order. Source: Frankle et al. 2020, section 2"
+    "The ticket trained once more from its rewind point, with the data in another order. Source: Frankle et al. 2020, sections 2 and 4"
     if _ticket_of(of, 'twin').rewind is None: raise ValueError(f'twin(of={of!r}): this arm does not rewind; give one that does, like imp()')
     return Arm(name or f'twin of {of.name}', partial(_twin, of=of), 'twin', of, levels)

@@ -66,7 +66,7 @@ iterative = Schedule(_linear, n_steps=3, in_rounds=True)
 # %% ../nbs/api/01_schedule.ipynb #32b3583d
 @dataclass(frozen=True)
 class Geometric(Schedule):
-    "Cut the same share of what is left at each pruning. Source: Frankle & Carbin 2019, section 2"
+    "Cut the same share of what is left at each pruning. Source: Frankle & Carbin 2019, sections 1 and 2"
     curve: Callable = _linear
     in_rounds: bool = True
     rate: float = 20 # percent of what is left to cut each time, where `n_steps` is None
@@ -111,7 +111,7 @@ def _there_and_back(p): return (1 - math.cos(2*math.pi*p))/2
 lin = Schedule(_linear)
 cos = Schedule(_cosine)
 agp = Schedule(_cubic) # Source: Zhu & Gupta 2017, section 3
-one_cycle = Schedule(_logistic) # Source: Hubens et al. 2022 (One-Cycle Pruning), section 3
+one_cycle = Schedule(_logistic) # Source: Hubens et al. 2022 (One-Cycle Pruning), section 3, with the constants of fasterai
 
 # %% ../nbs/api/01_schedule.ipynb #51d20a5c
 @dataclass(frozen=True)
