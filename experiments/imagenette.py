@@ -5,7 +5,7 @@
     .venv/bin/python experiments/imagenette.py blog:0,1 far   # two seeds of one part side by side, all seeds of another one by one
 
 A seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
-a run that was stopped goes on. Recipes and questions were fixed before the first run, but for `twin`: it asks what the results of
+a run that was stopped goes on. Recipes and questions were fixed before the first run, but for `faster`: it asks what the results of
 `one_cycle` left open.
 """
 import os
@@ -14,7 +14,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from lth_nb.all import Experiment, Recipe, Results, dense, dense_long, finetune, geometric, imagenette_learner, imp, iterative, reinit, shuffled, twin
+from lth_nb.all import Experiment, Recipe, Results, dense, dense_long, finetune, geometric, imagenette_learner, imp, iterative, reinit, shuffled, supermask, twin
 
 HERE = Path(__file__).with_suffix('')
 
@@ -32,8 +32,8 @@ PARTS = {
     'rounds': Experiment(BLOG, [dense(), finetune(of=EARLY), imp(rewind_epoch=1, full_epochs=True), imp(optimizer='keep')], iterative, 50, range(3)),
     # with a learning rate that ends low
     'one_cycle': Experiment(ONE_CYCLE, [dense(), EARLY, LATE], iterative, 50, range(3)),
-    # does a ticket still learn faster on another order of the images, or from other initial weights?
-    'twin': Experiment(ONE_CYCLE, [dense(), EARLY, twin(of=EARLY, levels='last'), reinit(of=EARLY)], iterative, 50, range(3)),
+    # why a ticket learns faster: by the order of the images, by its mask on any weights, by its mask on its own before any training?
+    'faster': Experiment(ONE_CYCLE, [dense(), EARLY, twin(of=EARLY, levels='last'), reinit(of=EARLY), supermask(of=EARLY, levels='all')], iterative, 50, range(3)),
     # the blog's image size
     '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LATE], iterative, 50, range(1)),
     # what bfloat16 costs, beside the dense networks of `blog`

@@ -352,7 +352,7 @@ def supermask(
     levels='last', # 'all', 'last' or a list of numbers
     name:str|None=None, # default: says what it is
 )->Arm: # not trained at all
-    "The ticket's mask on the untrained weights. Source: Zhou et al. 2019, section 5"
+    "The ticket's mask on the untrained weights; running statistics of batch norm are counted over the training data. Source: Zhou et al. 2019, section 5"
     return _control(of, 'supermask', name, _supermask, levels)
 
 # %% ../nbs/api/09b_arms.ipynb #bb0d3f7e

@@ -6,7 +6,7 @@ Docs: https://lth-nb.github.io/lth_nb/api/training.html.md"""
 
 # %% auto #0
 __all__ = ['origin', 'make_learner', 'generators_kept', 'make_sparsifier', 'SegmentCallback', 'schedules', 'validated',
-           'train_segment', 'attempt_segment', 'attempt_apart', 'for_code']
+           'recount_norm', 'train_segment', 'attempt_segment', 'attempt_apart', 'for_code']
 
 # %% ../nbs/api/09e_training.ipynb #aeda2147
 import time
@@ -17,7 +17,7 @@ from dataclasses import replace
 from multiprocessing import current_process
 
 import torch
-from fastai.callback.core import CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.schedule import ParamScheduler, SchedCos, combined_cos
 from fastai.learner import Learner, Recorder
@@ -25,6 +25,7 @@ from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from joblib.executor import get_memmapping_executor
+from torch import nn
 
 from .arms import Anywhere, Pruning, Segment, Shuffled, State
 from .fitting import MaskCallback, PathCallback, Seeded, one_input, set_generators, stateful_loss
@@ -189,6 +190,7 @@ def _fit(learn, recipe, segment, callback, end):
     anneal = [ParamScheduler(schedules(recipe))] if segment.span else []
     with learn.no_bar(), learn.no_logging(): learn.fit(-(-end//n) - position.epoch, segment.lr or recipe.lr, cbs=[seeded, callback, *anneal])
 
+# %% ../nbs/api/09e_training.ipynb #80a810ff
 def validated(
     learn:Learner, # with weights, trained or not
     **how, # loader and callbacks, for `Learner.validate`
@@ -198,11 +200,39 @@ def validated(
     with learn.no_bar(), learn.no_logging(), learn.removed_cbs(onlookers): values = learn.validate(**how)
     return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], values))
 
-def _untrained(learn, store, segment):
+class _Counting(Callback):
+    "Let some layers count while the rest is validated."
+    def __init__(self, norms): self.norms = norms
+    def before_validate(self):
+        for m in self.norms: m.train()
+
+def recount_norm(
+    learn:Learner, # with the weights that are asked about
+    seed:int=0, # of the order and the augmentation of the data
+):
+    "Count the running statistics of batch norm anew over the training data, if there is any."
+    norms = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None # the mean of all batches
+    set_generators(seed, 0, learn.dls.train)
+    if norms: validated(learn, dl=learn.dls.train, cbs=_Counting(norms))
+    for m, momentum in zip(norms, momenta): m.momentum = momentum
+
+# %% ../nbs/api/09e_training.ipynb #5e3ebb47
+def _sparsified(learn, pruning, mask):
+    "The sparsifier of a segment, with its mask on the model."
+    return Sparsifier(learn.model, mask=mask) if mask is not None else Sparsifier(learn.model, layers=pruning.layers, ignore=pruning.ignore)
+
+def _validate_untrained(store, recipe, pruning, segment, mask):
     "Write down what a network gives that is not trained at all."
+    learn = make_learner(recipe, segment)
+    _sparsified(learn, pruning, mask)
+    recount_norm(learn, segment.seed)
     store.write_epochs(segment, [dict(epoch=0, batch=0, steps=0, **validated(learn))])
 
-# %% ../nbs/api/09e_training.ipynb #80a810ff
+# %% ../nbs/api/09e_training.ipynb #823cf685
 def train_segment(
     store:Store, # where everything lies
     recipe:Recipe, # how it is trained
@@ -213,11 +243,11 @@ def train_segment(
     "Train a segment to the positions that are wanted, from wherever it stands."
     torch.set_num_threads(recipe.threads)
     mask = store.mask(recipe, segment.mask) if segment.mask is not None else None
+    if 0 in batches and store.result(State(segment, 0)) is None: _validate_untrained(store, recipe, pruning, segment, mask)
     learn = make_learner(recipe, segment)
     learn.create_opt()
-    sp = Sparsifier(learn.model, mask=mask) if mask is not None else Sparsifier(learn.model, layers=pruning.layers, ignore=pruning.ignore)
+    sp = _sparsified(learn, pruning, mask)
     sp.connect(learn.opt, others=stateful_loss(learn), loaders=[learn.dls.train])
-    if 0 in batches and store.result(State(segment, 0)) is None: _untrained(learn, store, segment)
     n = len(learn.dls.train)
     missing = [b for b in batches if not store.has(State(segment, b)) or (b % n == 0 and store.result(State(segment, b)) is None)]
     if not missing: return

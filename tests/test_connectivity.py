@@ -12,11 +12,12 @@ from helpers_fastai import same
 from torch import nn
 
 from lth_nb.arms import Arm, dense, imp, shuffled, twin
-from lth_nb.connectivity import barrier, between, recount_norm
+from lth_nb.connectivity import barrier, between
 from lth_nb.experiment import Experiment
 from lth_nb.rewind import RandomState
 from lth_nb.schedule import iterative, one_shot
 from lth_nb.store import Store
+from lth_nb.training import recount_norm
 
 STEP, EPOCH, START = imp(rewind_step=5), imp(rewind_epoch=1), imp()
 

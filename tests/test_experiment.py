@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import SGD, OptimWrapper
-from helpers_experiment import (Rounds, differences, digits, left, lenet, of_points, pictures, points, row_of, seed_inside, state_of,
+from helpers_experiment import (Rounds, differences, digits, left, lenet, of_points, pictures, points, row_of, seed_inside, state_of, states,
                                 trained_batches)
 from helpers_fastai import Items, different, generators_kept, opt_stats, same, small_dls, small_model, tensors_of
 from torch import nn
@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 
 from lth_nb.arms import (Arm, Pruning, State, dense, dense_long, finetune, imp, lr_rewind, one_shot_ticket, random_mask, reinit, shuffled, supermask)
 from lth_nb.callback import SparsifyCallback
-from lth_nb.fitting import MaskCallback, Seeded
+from lth_nb.fitting import MaskCallback, Seeded, set_generators
 from lth_nb.criteria import criterion
 from lth_nb.experiment import Experiment
 from lth_nb.recipe import Recipe
@@ -261,7 +261,20 @@ def test_supermask_by_hand(compared, level):
     learn, row = exp.recipe.make(SEED), row_of(results, 'supermask', level, SEED)
     assert results.mask('supermask', level, SEED) == (mask := results.mask('t0', level, SEED)) and row['epochs'] == 0
     mask.hold(dict(learn.model.named_parameters()))
+    norm = learn.model[1]
+    learn.model.eval()
+    norm.train()
+    norm.momentum = None
+    set_generators(SEED, 0, learn.dls.train)
+    for x, _ in learn.dls.train: learn.model(x)
     with learn.no_bar(), learn.no_logging(): assert list(learn.validate()) == [row['valid_loss'], row['accuracy']]
+
+
+def test_validating_an_untrained_network_leaves_its_training_alone(tmp_path):
+    arms = [dense(), T0, supermask(of=T0)]
+    at_once, after = (run(experiment(a, seeds=[SEED]), tmp_path/n) for n, a in (('at once', arms), ('after', arms[:2])))
+    trained = [r for r in at_once.rows if r['kind'] != 'control']
+    assert trained == list(after.rows) and not differences(states(tmp_path/'at once'), states(tmp_path/'after'))
 
 
 def test_controls_have_the_ticket_s_size(compared):
