@@ -5,8 +5,8 @@
     .venv/bin/python experiments/imagenette.py blog:0,1 far   # two seeds of one part side by side, all seeds of another one by one
 
 A seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
-a run that was stopped goes on. Recipes and questions were fixed before the first run, but for `faster`: it asks what the results of
-`one_cycle` left open.
+a run that was stopped goes on. Recipes and questions were fixed before the first run, but for `ahead` and `masks.csv`: they ask what
+the training losses of the others left open.
 """
 import os
 import sys
@@ -14,12 +14,15 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from lth_nb.all import Experiment, Recipe, Results, dense, dense_long, finetune, geometric, imagenette_learner, imp, iterative, reinit, shuffled, supermask, twin
+import pandas as pd
+
+from lth_nb.all import (Experiment, Recipe, Results, Sparsifier, dense, dense_long, finetune, geometric, imagenette_learner, imp, iterative, one_shot_ticket, recount_norm,
+                        reinit, shuffled, supermask, twin)
 
 HERE = Path(__file__).with_suffix('')
 
 BLOG = Recipe(imagenette_learner, epochs=5, lr=1e-3, options=dict(size=64, bs=64, opt='fused_adam'))
-EARLY, LATE = imp(), imp(rewind_epoch=1)
+EARLY, LATE, AT_ONCE = imp(), imp(rewind_epoch=1), one_shot_ticket()
 STEP_37 = imp(rewind_step=37)
 ONE_CYCLE = replace(BLOG, anneal='one_cycle')
 
@@ -32,8 +35,8 @@ PARTS = {
     'rounds': Experiment(BLOG, [dense(), finetune(of=EARLY), imp(rewind_epoch=1, full_epochs=True), imp(optimizer='keep')], iterative, 50, range(3)),
     # with a learning rate that ends low
     'one_cycle': Experiment(ONE_CYCLE, [dense(), EARLY, LATE], iterative, 50, range(3)),
-    # why a ticket learns faster: by the order of the images, by its mask on any weights, by its mask on its own before any training?
-    'faster': Experiment(ONE_CYCLE, [dense(), EARLY, twin(of=EARLY, levels='last'), reinit(of=EARLY), supermask(of=EARLY, levels='all')], iterative, 50, range(3)),
+    # why a ticket is ahead in training: by the order of the images, by its mask on any weights, by its mask on its own weights before any training?
+    'ahead': Experiment(ONE_CYCLE, [dense(), EARLY, twin(of=EARLY, levels='last'), reinit(of=EARLY), supermask(of=EARLY, levels='all'), supermask(of=AT_ONCE)], iterative, 50, range(3)),
     # the blog's image size
     '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LATE], iterative, 50, range(1)),
     # what bfloat16 costs, beside the dense networks of `blog`
@@ -60,6 +63,27 @@ def run(part, seeds, n_jobs):
     (there + found if there else found).save(HERE/part)
 
 
+def known(seed):
+    "What a seed's masks know before any training: percent right, of training and of validation images, with the initial weights."
+    found = replace(PARTS['ahead'], seeds=[seed]).run('runs/imagenette')
+    by_size = Sparsifier(ONE_CYCLE.make(seed).model)
+    by_size.prune(50)
+    masks = {'none': None, 'large initial weights': by_size.mask, 'ticket, one round': found.mask(supermask(of=AT_ONCE).name, 3, seed), 'ticket, three rounds': found.mask(EARLY.name, 3, seed)}
+    for name, mask in masks.items():
+        learn = ONE_CYCLE.make(seed)
+        if mask is not None: mask.hold(dict(learn.model.named_parameters()))
+        recount_norm(learn, seed)
+        with learn.no_bar(), learn.no_logging(): train, valid = (100*learn.validate(dl=dl)[1] for dl in learn.dls)
+        yield dict(mask=name, seed=seed, train=train, valid=valid)
+
+
+def write_known():
+    "Add the seeds that are new to masks.csv."
+    there = pd.read_csv(HERE/'masks.csv').to_dict('records') if (HERE/'masks.csv').exists() else []
+    new = {r['seed'] for r in done('ahead').rows} - {r['seed'] for r in there}
+    pd.DataFrame(there + [row for s in sorted(new) for row in known(s)]).to_csv(HERE/'masks.csv', index=False, float_format='%.2f')
+
+
 def main(wanted):
     warnings.filterwarnings('ignore', category=FutureWarning)
     if not wanted:
@@ -69,6 +93,7 @@ def main(wanted):
         left = seeds_left(part)
         together = [[int(s) for s in seeds.split(',') if int(s) in left]] if seeds else [[s] for s in left]
         for some in filter(None, together): run(part, some, os.cpu_count())
+        if part == 'ahead': write_known()
 
 
 if __name__ == '__main__': main(sys.argv[1:])

@@ -28,6 +28,7 @@ from .analysis import *
 from .plots import *
 from .overlap import *
 from .connectivity import *
+from .training import recount_norm
 from .report import *
 
 # %% ../nbs/api/12_all.ipynb #1bd0ab33

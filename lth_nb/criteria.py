@@ -82,7 +82,7 @@ def small_final(now): # Source: Zhou et al. 2019 (Deconstructing Lottery Tickets
 
 # %% ../nbs/api/03_criteria.ipynb #576e12bd
 @criterion(elementwise=True)
-def large_init(initial): # Source: Zhou et al. 2019, section 2, as all up to `movement`; the two that compare |w| with |w₀| have a factor α before |w| there, here 1
+def large_init(initial): # Source: Zhou et al. 2019, section 2, as all up to `movement`; the two with min and max have a factor α before |w| there, here 1
     "|w₀|"
     return initial.abs()
 

@@ -217,12 +217,14 @@ def recount_norm(
         m.reset_running_stats()
         m.momentum = None # the mean of all batches
     set_generators(seed, 0, learn.dls.train)
-    if norms: validated(learn, dl=learn.dls.train, cbs=_Counting(norms))
-    for m, momentum in zip(norms, momenta): m.momentum = momentum
+    try:
+        if norms: validated(learn, dl=learn.dls.train, cbs=_Counting(norms))
+    finally:
+        for m, momentum in zip(norms, momenta): m.momentum = momentum
 
 # %% ../nbs/api/09e_training.ipynb #5e3ebb47
 def _sparsified(learn, pruning, mask):
-    "The sparsifier of a segment, with its mask on the model."
+    "Hold a segment's mask on its model; the sparsifier that does."
     return Sparsifier(learn.model, mask=mask) if mask is not None else Sparsifier(learn.model, layers=pruning.layers, ignore=pruning.ignore)
 
 def _validate_untrained(store, recipe, pruning, segment, mask):
