@@ -30,9 +30,9 @@ PARTS = {
     # is there a gain, and beyond what the controls reach?
     'blog': Experiment(BLOG, [dense(), EARLY, LATE, reinit(of=EARLY), shuffled(of=LATE), dense_long(of=EARLY)], iterative, 50, range(5)),
     # how far can one prune?
-    'far': Experiment(BLOG, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
+    'far': Experiment(BLOG, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), [2, 3]),
     # what the optimizer, the blog's longer rounds and plain fine-tuning do
-    'rounds': Experiment(BLOG, [dense(), finetune(of=EARLY), imp(rewind_epoch=1, full_epochs=True), imp(optimizer='keep')], iterative, 50, range(3)),
+    'rounds': Experiment(BLOG, [dense(), finetune(of=EARLY), imp(rewind_epoch=1, full_epochs=True), imp(optimizer='keep')], iterative, 50, [2, 3, 4]),
     # with a learning rate that ends low
     'one_cycle': Experiment(ONE_CYCLE, [dense(), EARLY, LATE], iterative, 50, range(3)),
     # why a ticket is ahead in training: by the order of the images, by its mask on any weights, by its mask on its own weights before any training?
