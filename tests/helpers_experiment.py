@@ -155,6 +155,8 @@ class Child:
     def kill(self, after): # whether it was still running
         self.process.join(after)
         alive = self.process.exitcode is None
-        if alive: os.kill(self.process.pid, 9)
+        try:
+            if alive: os.kill(self.process.pid, 9)
+        except ProcessLookupError: alive = False # it has just ended by itself
         self.process.join()
         return alive
