@@ -11,13 +11,13 @@ from helpers_experiment import digits, of_points, points
 from helpers_fastai import same
 from torch import nn
 
+from lth_nb.all import recount_norm
 from lth_nb.arms import Arm, dense, imp, shuffled, twin
 from lth_nb.connectivity import barrier, between
 from lth_nb.experiment import Experiment
 from lth_nb.rewind import RandomState
 from lth_nb.schedule import iterative, one_shot
 from lth_nb.store import Store
-from lth_nb.training import recount_norm
 
 STEP, EPOCH, START = imp(rewind_step=5), imp(rewind_epoch=1), imp()
 
@@ -119,6 +119,17 @@ def test_statistics_are_counted_of_what_the_model_is_given():
     with learn.no_bar(), learn.no_logging(): learn.validate(dl=learn.dls.train)
     assert torch.allclose(norm.running_mean, torch.stack([x.mean(0) for x in inputs]).mean(0), atol=1e-5)
     assert norm.momentum == .1 and all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
+
+
+class Interrupted(Callback):
+    "Stop while the statistics are counted."
+    def before_batch(self): raise KeyboardInterrupt()
+
+
+def test_counting_that_is_interrupted_leaves_the_momentum_as_it_was():
+    learn = points(noise=False, cbs=(Interrupted,))
+    with pytest.raises(KeyboardInterrupt): recount_norm(learn)
+    assert next(m for m in learn.model.modules() if isinstance(m, nn.BatchNorm1d)).momentum == .1
 
 
 def test_cut_weights_stay_cut_on_the_whole_line(tmp_path):
