@@ -25,10 +25,15 @@ BLOG = Recipe(imagenette_learner, epochs=5, lr=1e-3, options=dict(size=64, bs=64
 EARLY, LATE, AT_ONCE = imp(), imp(rewind_epoch=1), one_shot_ticket()
 STEP_37 = imp(rewind_step=37)
 ONE_CYCLE = replace(BLOG, anneal='one_cycle')
+AUGMENTED = BLOG.with_options(flip=True, min_scale=.35)  # the blog's own images: its library calls are in the post, its augmentation in the notebook behind it
+
+_BLOG = Experiment(BLOG, [dense(), EARLY, LATE, reinit(of=EARLY), shuffled(of=LATE), dense_long(of=EARLY)], iterative, 50, range(5))
 
 PARTS = {
     # is there a gain, and beyond what the controls reach?
-    'blog': Experiment(BLOG, [dense(), EARLY, LATE, reinit(of=EARLY), shuffled(of=LATE), dense_long(of=EARLY)], iterative, 50, range(5)),
+    'blog': _BLOG,
+    # on mirrored and cropped images, as in the blog, too?
+    'augmented': replace(_BLOG, recipe=AUGMENTED, seeds=range(3)),
     # how far can one prune?
     'far': Experiment(BLOG, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), [2, 3]),
     # what the optimizer, the blog's longer rounds and plain fine-tuning do
@@ -38,7 +43,7 @@ PARTS = {
     # why a ticket is ahead in training: by the order of the images, by its mask on any weights, by its mask on its own weights before any training?
     'ahead': Experiment(ONE_CYCLE, [dense(), EARLY, twin(of=EARLY, levels='last'), reinit(of=EARLY), supermask(of=EARLY, levels='all'), supermask(of=AT_ONCE)], iterative, 50, range(3)),
     # the blog's image size
-    '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LATE], iterative, 50, range(1)),
+    '128px': Experiment(AUGMENTED.with_options(size=128), [dense(), EARLY, LATE], iterative, 50, range(1)),
     # what bfloat16 costs, beside the dense networks of `blog`
     'bf16': Experiment(replace(BLOG, precision='bf16'), [dense()], iterative, 50, range(3)),
 }

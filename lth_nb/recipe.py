@@ -176,8 +176,10 @@ def imagenette_learner(
     arch:str='resnet18', # a classification network of torchvision
     opt:str='adam', # 'adam', 'fused_adam', or 'sgd' with momentum 0.9
     wd:float|None=None, # weight decay; None for the optimizer's own, 0.01 for Adam and 0 for 'sgd'
+    flip:bool=False, # mirror half of the training images, others in each epoch?
+    min_scale:float=1., # train on parts with at least this share of an image, others in each epoch; 1: on all of it
 )->Learner:
     "Make an untrained network of torchvision's on Imagenette."
     if arch not in (known := models.list_models(module=models)): raise ValueError(f'arch={arch!r}: must be one of {", ".join(known)}')
-    optimizer, dls = _optimizer(opt, wd), imagenette_dls(size, bs, n_train=n_train, n_valid=n_valid)
+    optimizer, dls = _optimizer(opt, wd), imagenette_dls(size, bs, n_train=n_train, n_valid=n_valid, flip=flip, min_scale=min_scale)
     return Learner(dls, models.get_model(arch, weights=None, num_classes=10), metrics=accuracy, **optimizer)

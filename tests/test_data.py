@@ -7,6 +7,7 @@ import signal
 import time
 from copy import deepcopy
 
+import fastai.callback.progress  # noqa: F401, gives learners no_bar
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,11 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorCategory, TensorImage
-from fastai.vision.augment import Flip
+from fastai.vision.augment import Flip, RandomResizedCrop
+from fastai.vision.core import PILImage
 from fasttransform import Transform
 from PIL import Image
+from scipy import stats
 from torch import nn
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
@@ -337,6 +340,63 @@ def test_flip_mirrors_some_images_and_changes_nothing_else(folder, tmp_path):
     assert same(batches(plain.valid), batches(flipped.valid))
     flipped.train.rng = random.Random(0)
     assert not torch.equal(*(torch.as_tensor(data.mirrored(random.Random(s), 40)) for s in (0, 1)))
+
+
+# --- random parts
+
+def test_parts_are_those_of_the_box():
+    image = np.zeros((3, 20, 40), np.uint8)
+    image[:, 5:10, 30:40] = 255  # top 25 to 50 %, the last quarter of the width
+    inside = slice(None), slice(1, -1), slice(1, -1)  # at the rim, scaling looks one pixel further
+    assert (data.part(image, (.75, .25, 1, .5), 8)[inside] == 255).all() and (data.part(image, (0, .5, 1, 1), 8)[inside] == 0).all()
+    assert np.array_equal(data.part(image[:, :20, :20], (0, 0, 1, 1), 20), image[:, :20, :20])
+
+
+@pytest.mark.parametrize('min_scale', [.08, .35, 1])
+def test_boxes_are_drawn_as_fastai_draws_them(min_scale):
+    "The shares of area and the shapes of many boxes, beside those of `RandomResizedCrop`."
+    crop, theirs = RandomResizedCrop(64, min_scale=min_scale), []
+    image = PILImage.create(np.zeros((1000, 1000, 3), np.uint8))
+    random.seed(0)
+    for _ in range(4000):
+        crop.before_call(image, 0)
+        theirs.append(crop.cp_size)
+    left, top, right, bottom = data.random_boxes(random.Random(1), 4000, min_scale).T
+    ours, theirs = np.array([right - left, bottom - top]), np.array(theirs).T/1000
+    for look in (np.prod, lambda sides, axis: np.log(sides[0]/sides[1]) + np.zeros(4000)):
+        assert stats.ks_2samp(look(ours, axis=0).round(2), look(theirs, axis=0).round(2)).pvalue > .001
+    assert left.min() >= 0 and top.min() >= 0 and right.max() <= 1 and bottom.max() <= 1
+
+
+def test_corners_reach_every_place():
+    left, top, right, bottom = data.random_boxes(random.Random(0), 4000, .35).T
+    some = right - left < .999
+    for corner, end in ((left, right), (top, bottom)):
+        place = corner[some]/(1 - (end - corner)[some])
+        assert stats.kstest(place[np.isfinite(place)], 'uniform').pvalue > .001
+
+
+def test_parts_and_mirroring_do_not_go_together(folder, tmp_path):
+    boxes, flips = data.random_boxes(random.Random(0), 4000, .35), data.mirrored(random.Random(0), 4000)
+    for column in boxes.T: assert abs(np.corrcoef(column, flips)[0, 1]) < .06
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_parts_follow_the_generator_and_leave_order_and_validation_alone(folder, tmp_path, workers):
+    plain, cut = (imagenette_dls(16, bs=8, path=folder, num_workers=workers, min_scale=m, device='cpu', cache=tmp_path) for m in (1., .35))
+    first = batches(cut.train)
+    assert same(first, batches(cut.train)) and not same(first, batches(cut.train, seed=4)) and all(x.shape == (8, 3, 16, 16) for x, _ in first)
+    assert all(torch.equal(y, w) for (_, y), (_, w) in zip(first, batches(plain.train))) and not same(first, batches(plain.train))
+    assert same(batches(plain.valid), batches(cut.valid))
+    assert cut.train_ds.fingerprint() != plain.train_ds.fingerprint() and cut.valid_ds.fingerprint() == plain.valid_ds.fingerprint()
+
+
+def test_new_images_are_served_whole(folder, tmp_path):
+    cut = imagenette_dls(16, bs=8, path=folder, min_scale=.35, device='cpu', cache=tmp_path)
+    file = folder/imagenette_names(folder)[0]
+    for loader in (cut.train, cut.valid):
+        found = loader.new(dataset=[file]*8, shuffle=False)
+        assert torch.equal(found.one_batch()[0], cut.test_dl([file]*8).one_batch()[0])
 
 
 def test_every_image_once_and_with_its_label(dls):
