@@ -254,7 +254,7 @@ def run(self:Experiment,
 )->Results: # of all networks that are done
     "Train what is missing, and read what is there."
     store = Store(Path(path).absolute(), self._seen[1])
-    _describe(self, store)
+    about = _describe(self, store)
     failed, attempt = {}, _attempt()
     with tqdm(total=len(graph(self.networks.values())), disable=not progress, unit='segment') as bar:
         while (wave := _wave(store, self, failed, n_jobs)) is not None:
@@ -265,7 +265,7 @@ def run(self:Experiment,
             if set(outcomes.values()) == {'busy'}:
                 bar.set_description('waiting for another process'); time.sleep(.5)
     if not keep_states: store.forget(graph(self.networks.values()))
-    found = _collect(self, store, failed).save(store.path)
+    found = _collect(self, store, failed, about).save(store.path)
     if found.failed: warnings.warn(f'{len(found.failed)} of {len(self.networks)} networks failed; the first: {found.failed[0]["reason"]} (all stand in results.failed)')
     return found
 
@@ -281,8 +281,9 @@ def _describe(exp, store):
     store.path.mkdir(parents=True, exist_ok=True)
     about = dict(recipe=repr(exp.recipe), arms=[a.name for a in exp.arms], levels=list(exp.grid.sparsities), seeds=list(exp.seeds), pruning=repr(exp.pruning), n_batches=exp.grid.n_batches,
                  versions=versions(), machine=platform.platform(), processor=_processor(), cores=os.cpu_count())
-    about['networks'] = [dict(arm=a.name, level=level, seed=seed, segment=store.name(s.segment), begin=s.segment.begin, batch=s.batch) for (a, level, seed), s in exp.networks.items()]
-    with written(store.path/'experiment.json') as f: f.write(json.dumps(about, indent=1, default=str).encode())
+    networks = [dict(arm=a.name, level=level, seed=seed, segment=store.name(s.segment), begin=s.segment.begin, batch=s.batch) for (a, level, seed), s in exp.networks.items()]
+    with written(store.path/'experiment.json') as f: f.write(json.dumps(about | dict(networks=networks), indent=1, default=str).encode())
+    return about
 
 # %% ../nbs/api/09f_experiment.ipynb #608fe53a
 def _network_row(grid, n_weights, store, key, state, row):
@@ -295,7 +296,7 @@ def _network_row(grid, n_weights, store, key, state, row):
     metrics = {k: v for k, v in row.items() if k not in ('epoch', 'batch', 'steps', 'seconds')}
     return head | metrics | dict(segment=store.name(state.segment), mask=store.name(state.segment.mask) if mask else None)
 
-def _collect(exp, store, failed):
+def _collect(exp, store, failed, about):
     "The results of what is done, and why the rest is not."
     (grid, _, n_weights, _), rows, history, broken = exp._seen, [], [], []
     for (arm, level, seed), state in exp.networks.items():
@@ -304,9 +305,7 @@ def _collect(exp, store, failed):
             rows.append(_network_row(grid, n_weights, store, (arm, level, seed), state, row))
             history += [key | {k: v for k, v in e.items() if k != 'batch'} for e in store.epochs(state.segment) if min(1, state.batch) <= e['batch'] <= state.batch]
         else: broken.append(key | dict(reason=_reason(store, state.segment, failed)))
-    info = json.loads((store.path/'experiment.json').read_text())
-    del info['networks']
-    return Results(tuple(rows), tuple(history), tuple(broken), store.path, info)
+    return Results(tuple(rows), tuple(history), tuple(broken), store.path, json.loads(json.dumps(about, default=str))) # as it is read back
 
 def _reason(store, segment, failed):
     "Why a segment is not done: its own failure, or that of one it builds on."

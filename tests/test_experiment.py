@@ -475,6 +475,19 @@ def test_results_are_written_as_they_are_returned(tmp_path):
     assert len((tmp_path/'results.csv').read_text().splitlines()) == 1 + len(results.rows)
 
 
+def test_results_tell_of_their_own_experiment_whatever_else_runs_in_the_folder(tmp_path, monkeypatch):
+    mine, other = experiment([dense()]), experiment([T0], seeds=[7])
+    def meanwhile(*wave):
+        yield from train_wave(*wave)
+        with monkeypatch.context() as m:
+            m.setattr('lth_nb.experiment._train_wave', train_wave)
+            run(other, tmp_path)
+    train_wave = sys.modules['lth_nb.experiment']._train_wave
+    monkeypatch.setattr('lth_nb.experiment._train_wave', meanwhile)
+    results = run(mine, tmp_path)
+    assert results.info['arms'] == ['dense'] and results.info['seeds'] == [0] and results.info == Results.load(tmp_path).info
+
+
 def test_history_has_each_epoch_from_where_it_starts(tmp_path):
     results = run(experiment([dense(), T1, STEP, supermask(of=T0), T0]), tmp_path)
     def epochs(arm, level=2): return [h['epoch'] for h in results.history if (h['arm'], h['level']) == (arm.name, level)]
