@@ -404,4 +404,4 @@ def test_the_file_of_the_gpu_workflow_has_the_three_arms_of_the_blog():
     settings = read_settings(Path(__file__).parents[1]/'experiments/gpu.toml', {})
     recipe, _ = _parts(settings)
     assert [(a.kind, str(a.rewind)) for a in _arms(settings['arms'])] == [('dense', 'None'), ('ticket', 'initialisation'), ('ticket', 'epoch 1')]
-    assert recipe.epochs == 5 and recipe.options['size'] == 128
+    assert recipe.epochs == 5 and dict(recipe.options) | dict(n_train=3200, n_valid=1000) == dict(size=128, n_train=3200, n_valid=1000, flip=True, min_scale=.35)
