@@ -277,7 +277,7 @@ def _processor():
     return names[0] if names else platform.processor()
 
 def _describe(exp, store):
-    "Write down what is run, on what, beside the results."
+    "Write down what is run, on what, beside the results; return it without the networks."
     store.path.mkdir(parents=True, exist_ok=True)
     about = dict(recipe=repr(exp.recipe), arms=[a.name for a in exp.arms], levels=list(exp.grid.sparsities), seeds=list(exp.seeds), pruning=repr(exp.pruning), n_batches=exp.grid.n_batches,
                  versions=versions(), machine=platform.platform(), processor=_processor(), cores=os.cpu_count())
