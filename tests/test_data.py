@@ -26,6 +26,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 import lth_nb.data as data
 from lth_nb.cpu import FastCPU
 from lth_nb.data import IMAGENETTE, balanced, decode_once, digits_dls, imagenette_dls, imagenette_names, imagenette_path, square_image
+from lth_nb.rewind import ModelState, Position, RandomState, Resume, RewindPoint
 
 
 # --- folders
@@ -343,6 +344,14 @@ def test_a_second_pass_changes_nothing_in_the_first(folder, cache, workers):
         again.append(tuple(o.clone() for o in batch))
         if len(again) == 2: dls.train.one_batch()
     assert same(first, again)
+
+
+def test_going_on_inside_an_epoch_serves_the_same_parts(folder, cache):
+    dls = imagenette_dls(16, bs=7, path=folder, flip=True, min_scale=.35, device='cpu', cache=cache)
+    first = batches(dls.train)
+    point = RewindPoint(ModelState({}, {}), (), None, (), RandomState.take(), RandomState.take(), Position(steps=2, epoch=0, batch=2))
+    dls.train.rng = random.Random(3)
+    assert same(first[2:], list(Resume(dls.train, point)))
 
 
 def test_flip_mirrors_some_images_and_changes_nothing_else(folder, tmp_path):
