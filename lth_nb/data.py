@@ -179,7 +179,7 @@ def random_boxes(
     n:int, # number of images
     min_scale:float, # least share of an image, above 0 and at most 1
 )->np.ndarray: # n × 4: left, top, right and bottom, as shares of width and height
-    "Choose a part of each image, of which the shape is that of squares."
+    "Choose a part of each image; images are taken for squares."
     _check_share('min_scale', min_scale)
     rng = np.random.default_rng(copy(rng).getrandbits(64))
     area, ratio = rng.uniform(min_scale, 1, (n, 10)), np.exp(rng.uniform(*np.log([3/4, 4/3]), (n, 10)))
