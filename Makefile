@@ -40,7 +40,7 @@ docs: $(INSTALLED) ## the site, into docs/_build/html
 
 reproduce: $(INSTALLED) ## the comparison on Imagenette and the tutorial that shows it, in full: most of a day on two cores
 	$(BIN)/python experiments/imagenette.py all
-	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN --ExecutePreprocessor.timeout=-1 tutorials/winning_the_lottery.ipynb
+	cd nbs && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN --ExecutePreprocessor.timeout=-1 tutorials/winning_the_lottery.ipynb explains/what_a_ticket_knows.ipynb
 	$(BIN)/nbdev-clean
 
 readme: $(INSTALLED) ## README.md from nbs/index.ipynb

@@ -7,7 +7,7 @@
 A seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
 a run that was stopped goes on. Recipes and questions were fixed before the first run, with these exceptions: that the post trains on mirrored and
 cropped images, which its text does not say and its notebook does, was found when four of five seeds of `plain` and two of three of `plain_one_cycle` had been
-run as the blog's recipe; those stay as they are, and the others take it. `ahead` and `masks.csv` ask what training losses left open.
+run as the blog's recipe; those stay as they are, and the others take it. `ahead`, `untrained` and `masks.csv` ask what training losses left open.
 """
 import os
 import sys
@@ -41,6 +41,8 @@ PARTS = {
     '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LONGER], iterative, 50, range(1)),
     # how far can one prune?
     'far': Experiment(BLOG, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
+    # what do the masks of `blog` know before any training?
+    'untrained': Experiment(BLOG, [dense(), EARLY, LATE, supermask(of=EARLY, levels='all'), supermask(of=LATE, levels='all'), supermask(of=AT_ONCE)], iterative, 50, range(5)),
     # the first two questions on images as they are
     'plain': Experiment(PLAIN, WITH_CONTROLS, iterative, 50, range(4)),
     'plain_one_cycle': Experiment(PLAIN_ONE_CYCLE, [dense(), EARLY, LATE], iterative, 50, range(2)),
@@ -70,25 +72,25 @@ def run(part, seeds, n_jobs):
     (there + found if there else found).save(HERE/part)
 
 
-def known(seed):
+def known(part, seed):
     "What a seed's masks know before any training: percent right, of training and of validation images, with the initial weights."
-    found = replace(PARTS['ahead'], seeds=[seed]).run('runs/imagenette')
-    by_size = Sparsifier(PLAIN_ONE_CYCLE.make(seed).model)
+    found, make = replace(PARTS[part], seeds=[seed]).run('runs/imagenette'), PARTS[part].recipe.make
+    by_size = Sparsifier(make(seed).model)
     by_size.prune(50)
     masks = {'none': None, 'large initial weights': by_size.mask, 'ticket, one round': found.mask(supermask(of=AT_ONCE).name, 3, seed), 'ticket, three rounds': found.mask(EARLY.name, 3, seed)}
     for name, mask in masks.items():
-        learn = PLAIN_ONE_CYCLE.make(seed)
+        learn = make(seed)
         if mask is not None: mask.hold(dict(learn.model.named_parameters()))
         recount_norm(learn, seed)
         with learn.no_bar(), learn.no_logging(): train, valid = (100*learn.validate(dl=dl)[1] for dl in learn.dls)
-        yield dict(mask=name, seed=seed, train=train, valid=valid)
+        yield dict(part=part, mask=name, seed=seed, train=train, valid=valid)
 
 
-def write_known():
-    "Add the seeds that are new to masks.csv."
+def write_known(part):
+    "Add the seeds of a part that are new to masks.csv."
     there = pd.read_csv(HERE/'masks.csv').to_dict('records') if (HERE/'masks.csv').exists() else []
-    new = {r['seed'] for r in done('ahead').rows} - {r['seed'] for r in there}
-    pd.DataFrame(there + [row for s in sorted(new) for row in known(s)]).to_csv(HERE/'masks.csv', index=False, float_format='%.2f')
+    new = {r['seed'] for r in done(part).rows} - {r['seed'] for r in there if r['part'] == part}
+    pd.DataFrame(there + [row for s in sorted(new) for row in known(part, s)]).to_csv(HERE/'masks.csv', index=False, float_format='%.2f')
 
 
 def main(wanted):
@@ -100,7 +102,7 @@ def main(wanted):
         left = seeds_left(part)
         together = [[int(s) for s in seeds.split(',') if int(s) in left]] if seeds else [[s] for s in left]
         for some in filter(None, together): run(part, some, os.cpu_count())
-        if part == 'ahead': write_known()
+        if part in ('ahead', 'untrained'): write_known(part)
 
 
 if __name__ == '__main__': main(sys.argv[1:])
