@@ -1,4 +1,4 @@
-"""The blog's comparison on all of Imagenette, with the controls it lacks; read by nbs/tutorials/winning_the_lottery.
+"""The blog's comparison on all of Imagenette, with the controls it lacks; read by nbs/tutorials/winning_the_lottery and nbs/explains/what_a_ticket_knows.
 
     make reproduce                                            # everything that is not there yet
     .venv/bin/python experiments/imagenette.py                # what there is, and what each part still costs
@@ -7,7 +7,8 @@
 A seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
 a run that was stopped goes on. Recipes and questions were fixed before the first run, with these exceptions: that the post trains on mirrored and
 cropped images, which its text does not say and its notebook does, was found when four of five seeds of `plain` and two of three of `plain_one_cycle` had been
-run as the blog's recipe; those stay as they are, and the others take it. `ahead`, `untrained` and `masks.csv` ask what training losses left open.
+run as the blog's recipe; those stay as they are, and the others take it. `ahead` and `masks.csv` ask
+what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did.
 """
 import os
 import sys
@@ -29,6 +30,7 @@ PLAIN_ONE_CYCLE = replace(PLAIN, anneal='one_cycle')
 EARLY, LATE, AT_ONCE = imp(), imp(rewind_epoch=1), one_shot_ticket()
 LONGER, STEP_37 = imp(rewind_epoch=1, full_epochs=True), imp(rewind_step=37)
 WITH_CONTROLS = [dense(), EARLY, LATE, reinit(of=EARLY), shuffled(of=LATE), dense_long(of=EARLY)]
+UNTRAINED = [dense(), EARLY, LATE, supermask(of=EARLY, levels='all'), supermask(of=LATE, levels='all'), supermask(of=AT_ONCE)]
 
 PARTS = {
     # is there a gain, and beyond what the controls reach?
@@ -41,8 +43,9 @@ PARTS = {
     '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LONGER], iterative, 50, range(1)),
     # how far can one prune?
     'far': Experiment(BLOG, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
-    # what do the masks of `blog` know before any training?
-    'untrained': Experiment(BLOG, [dense(), EARLY, LATE, supermask(of=EARLY, levels='all'), supermask(of=LATE, levels='all'), supermask(of=AT_ONCE)], iterative, 50, range(5)),
+    # what do the masks of `blog` and `plain` know before any training? Of `plain`, the seeds whose states were still there
+    'untrained': Experiment(BLOG, UNTRAINED, iterative, 50, range(5)),
+    'plain_untrained': Experiment(PLAIN, UNTRAINED, iterative, 50, (2, 3)),
     # the first two questions on images as they are
     'plain': Experiment(PLAIN, WITH_CONTROLS, iterative, 50, range(4)),
     'plain_one_cycle': Experiment(PLAIN_ONE_CYCLE, [dense(), EARLY, LATE], iterative, 50, range(2)),
@@ -73,11 +76,12 @@ def run(part, seeds, n_jobs):
 
 
 def known(part, seed):
-    "What a seed's masks know before any training: percent right, of training and of validation images, with the initial weights."
-    found, make = replace(PARTS[part], seeds=[seed]).run('runs/imagenette'), PARTS[part].recipe.make
+    "What a seed's masks know before any training: percent right with the initial weights, of training images (full batches, as they are served) and of validation images."
+    exp = replace(PARTS[part], arms=[EARLY, supermask(of=AT_ONCE)], seeds=[seed])
+    found, make = exp.run('runs/imagenette'), exp.recipe.make
     by_size = Sparsifier(make(seed).model)
     by_size.prune(50)
-    masks = {'none': None, 'large initial weights': by_size.mask, 'ticket, one round': found.mask(supermask(of=AT_ONCE).name, 3, seed), 'ticket, three rounds': found.mask(EARLY.name, 3, seed)}
+    masks = {'none': None, 'large initial weights': by_size.mask, 'ticket, cut at once': found.mask(supermask(of=AT_ONCE).name, 3, seed), 'ticket, in three rounds': found.mask(EARLY.name, 3, seed)}
     for name, mask in masks.items():
         learn = make(seed)
         if mask is not None: mask.hold(dict(learn.model.named_parameters()))
@@ -88,9 +92,10 @@ def known(part, seed):
 
 def write_known(part):
     "Add the seeds of a part that are new to masks.csv."
-    there = pd.read_csv(HERE/'masks.csv').to_dict('records') if (HERE/'masks.csv').exists() else []
-    new = {r['seed'] for r in done(part).rows} - {r['seed'] for r in there if r['part'] == part}
-    pd.DataFrame(there + [row for s in sorted(new) for row in known(part, s)]).to_csv(HERE/'masks.csv', index=False, float_format='%.2f')
+    def there(): return pd.read_csv(HERE/'masks.csv') if (HERE/'masks.csv').exists() else pd.DataFrame(columns=['part', 'seed'])
+    new = {r['seed'] for r in done(part).rows} - set(there().query('part == @part').seed)
+    rows = [row for s in sorted(new) for row in known(part, s)]
+    if rows: pd.concat([there(), pd.DataFrame(rows)]).to_csv(HERE/'masks.csv', index=False, float_format='%.2f')
 
 
 def main(wanted):
@@ -102,7 +107,7 @@ def main(wanted):
         left = seeds_left(part)
         together = [[int(s) for s in seeds.split(',') if int(s) in left]] if seeds else [[s] for s in left]
         for some in filter(None, together): run(part, some, os.cpu_count())
-        if part in ('ahead', 'untrained'): write_known(part)
+        if supermask(of=AT_ONCE).name in [a.name for a in PARTS[part].arms] and done(part): write_known(part)
 
 
 if __name__ == '__main__': main(sys.argv[1:])
