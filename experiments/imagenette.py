@@ -78,7 +78,7 @@ def run(part, seeds, n_jobs):
 def known(part, seed):
     "What a seed's masks know before any training: percent right with the initial weights, of training images (full batches, as they are served) and of validation images."
     exp = replace(PARTS[part], arms=[EARLY, supermask(of=AT_ONCE)], seeds=[seed])
-    found, make = exp.run('runs/imagenette'), exp.recipe.make
+    found, make = exp.run('runs/imagenette', os.cpu_count()), exp.recipe.make
     by_size = Sparsifier(make(seed).model)
     by_size.prune(50)
     masks = {'none': None, 'large initial weights': by_size.mask, 'ticket, cut at once': found.mask(supermask(of=AT_ONCE).name, 3, seed), 'ticket, in three rounds': found.mask(EARLY.name, 3, seed)}
@@ -95,7 +95,7 @@ def write_known(part):
     def there(): return pd.read_csv(HERE/'masks.csv') if (HERE/'masks.csv').exists() else pd.DataFrame(columns=['part', 'seed'])
     new = {r['seed'] for r in done(part).rows} - set(there().query('part == @part').seed)
     rows = [row for s in sorted(new) for row in known(part, s)]
-    if rows: pd.concat([there(), pd.DataFrame(rows)]).to_csv(HERE/'masks.csv', index=False, float_format='%.2f')
+    if rows: pd.concat([there(), pd.DataFrame(rows)]).drop_duplicates(['part', 'mask', 'seed']).to_csv(HERE/'masks.csv', index=False, float_format='%.2f')
 
 
 def main(wanted):
