@@ -54,7 +54,7 @@ class SparsifyCallback(PathCallback):
             if context not in ('global', method): raise ValueError(f'context={context!r} and method={method!r} are two names for one thing: give one')
             context = method
         store_attr(but='method')
-        self._finished, self.rewind_point = False, None
+        self._finished, self._began, self.rewind_point = False, False, None
         self._check_arguments()
 
 # %% ../nbs/api/07_callback.ipynb #b15c2aee
@@ -141,7 +141,7 @@ def _refuse_emptying(self:SparsifyCallback, weights, levels):
     for level in levels:
         counts = level if isinstance(level, Mapping) else dict.fromkeys(weights, level) if self.context == 'local' and not self.rates else {}
         for n, s in counts.items():
-            if n_to_cut(weights[n].numel(), s) == weights[n].numel(): refuse_empty(n, level)
+            if n_to_cut(weights[n].numel(), s, down=self.granularity != 'weight') == weights[n].numel(): refuse_empty(n, level)
         if level == 100: refuse_empty(next(iter(weights)), level)
 
 # %% ../nbs/api/07_callback.ipynb #c5c39d26
@@ -176,6 +176,7 @@ def plan(self:SparsifyCallback,
     highest = float(max(self.end_sparsity.values()) if isinstance(self.end_sparsity, Mapping) else self.end_sparsity)
     plan = self.schedule.plan(highest, math.floor(self.start_epoch*n + .5), n_epoch*n, n, whole_epochs=self.lth)
     levels = self._levels(selection, plan)
+    for _, s in plan: check_sparsity(s, 'schedule', warn=False)
     if not (self.allow_empty or self.granularity == 'layer'): self._refuse_emptying(selection.weights, levels)
     n_cut = () if self.rates else tuple(_n_cut(selection.weights, s, self.context) for s in levels)
     return FitPlan(plan, levels, n_cut, self._rewind_batch(n, plan[0][0]), n_epoch, self.lth)
@@ -184,12 +185,13 @@ def plan(self:SparsifyCallback,
 @patch
 def before_fit(self:SparsifyCallback):
     "Check the plan and begin it; after a finished one, only hold the mask."
-    self._todo = []
+    self._todo, self._began = [], False
     self._begin_path(self._position if self._finished else Position())
     if self._finished: self._check_model()
     else: self._begin()
     self.sparsifier.hold()
     self._add_column()
+    self._began = True
 
 @patch
 def _begin(self:SparsifyCallback):
@@ -212,6 +214,9 @@ def _begin(self:SparsifyCallback):
 def _refuse_what_cannot_be(self:SparsifyCallback):
     "Raise `ValueError` for fits that train only some epochs or some layers, and for loaders that cannot be rewound."
     if self.lth or self.reset_end: check_loaders([self.learn.dls.train])
+    other = next((cb for cb in self.learn.cbs if isinstance(cb, MaskCallback) and cb is not self), None)
+    if other and (self.lth or self.reset_end or getattr(other, 'lth', False) or getattr(other, 'reset_end', False)):
+        raise ValueError(f'the learner has another {type(other).__name__}, and a rewind puts back the whole model, whatever that one cuts: give one callback, with end_sparsity={{layer: percent}} for layers that differ')
     if getattr(getattr(self.learn, 'skip_to_epoch', None), '_skip_to', 0):
         raise ValueError('fit(start_epoch=…) skips epochs that the plan needs: give the fit all its epochs, or start the callback with start_epoch=')
     frozen = [n for n, note in prunable(self.learn.model, self.layers, self.ignore).notes.items() if note.startswith('frozen')]
@@ -288,11 +293,13 @@ def _span(self:SparsifyCallback):
 @patch
 def after_fit(self:SparsifyCallback):
     "Note that the plan is finished; with `reset_end`, go back to the rewind point."
+    if not self._began: return # another callback has ended the fit before it began
     if self._todo:
         warnings.warn(f'the fit ended with {len(self._todo)} of {len(self._fit_plan)} prunings to go: sparsity is {self.mask.sparsity:.4g} %; the next fit begins a new plan')
     elif not self._finished:
         if self.reset_end: self._put_back()
         self._finished = True
+    self._began = False
     MaskCallback.after_fit(self)
 
 @patch

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 # %% ../nbs/api/04_rewind.ipynb #258788da
@@ -38,6 +39,14 @@ def named_tensors(
     found = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
     return {n.replace('_orig_mod.', ''): t for n, t in found.items()}
 
+def _parameters(model): return {n.replace('_orig_mod.', ''): p for n, p in unwrap(model).named_parameters()}
+
+def _buffers(model):
+    "Where each buffer is kept, as (dict of a module, name in it), also those that are None; one with two names under the first."
+    found = {f'{prefix}.{n}'.lstrip('.').replace('_orig_mod.', ''): (m._buffers, n) for prefix, m in unwrap(model).named_modules() for n in m._buffers}
+    first = {id(buffers[n]): name for name, (buffers, n) in reversed(found.items())}
+    return {name: (buffers, n) for name, (buffers, n) in found.items() if buffers[n] is None or first[id(buffers[n])] == name}
+
 # %% ../nbs/api/04_rewind.ipynb #2652bc89
 def _own(loader): return getattr(loader, '__dict__', {})  # not its attributes: fastai's loaders pass on what their data set has
 
@@ -51,10 +60,12 @@ def _layers(loader):
 def loader_generator(
     loader, # torch's or fastai's, also distributed or wrapped; or a generator itself
 ):
-    "The generator a data loader draws its order from: torch's `generator`, fastai's `rng`, or a generator itself."
+    "The generator a data loader draws its order from: torch's `generator`, also that of its sampler, fastai's `rng`, or a generator itself."
     for layer in _layers(loader):
         if isinstance(layer, (torch.Generator, random.Random, np.random.Generator)): return layer
-        if found := _own(layer).get('generator') or _own(layer).get('rng'): return found
+        own = _own(layer)
+        for keeper in (own, _own(own.get('sampler')), _own(own.get('batch_sampler')), _own(_own(own.get('batch_sampler')).get('sampler'))):
+            if found := keeper.get('generator') or keeper.get('rng'): return found
 
 # %% ../nbs/api/04_rewind.ipynb #e71dbb77
 def _get_state(g):
@@ -113,7 +124,12 @@ def restore_optimizer(
     if check_optimizer_choice(how) == 'fresh':
         if hasattr(optimizer, 'clear_state'): optimizer.clear_state()  # fastai's, which marks parameters in its state
         else: optimizer.state.clear()
-    optimizer.load_state_dict(saved if how == 'restore' else {**saved, 'state': optimizer.state_dict()['state']})
+    settings = {k: saved[k] for k in ('param_groups', 'hypers') if k in saved}
+    optimizer.load_state_dict(saved if how == 'restore' else {**optimizer.state_dict(), **settings})
+
+def _n_params(state):
+    "The shape of an optimizer's `state_dict()`: how many groups, how many parameters."
+    return [len(g['params']) for g in state['param_groups']] if 'param_groups' in state else [len(state.get('hypers', ())), len(state['state'])]
 
 # %% ../nbs/api/04_rewind.ipynb #fc678247
 @dataclass(frozen=True)
@@ -127,6 +143,14 @@ class Position:
 def _with_extra(model):
     "The modules that keep a state beside their tensors."
     return {n.replace('_orig_mod.', ''): m for n, m in model.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state}
+
+def _restore_buffer(buffers, name, saved):
+    "Put a buffer's values back in place, where it is a tensor as it was; else make it what it was."
+    now = buffers[name]
+    if saved is None: buffers[name] = None
+    elif now is None: buffers[name] = saved.clone()
+    elif now.shape == saved.shape and 0 not in now.stride(): now.copy_(saved)
+    else: buffers[name] = saved.clone().to(now.device)
 
 @dataclass(frozen=True)
 class ModelState:
@@ -142,7 +166,7 @@ class ModelState:
 
     def check(self, model):
         "Raise `ValueError` unless this is the state of such a model."
-        for n, t in named_tensors(model).items():
+        for n, t in _parameters(model).items():
             if n not in self.tensors: raise ValueError(f'{n} is not in the rewind point: it was taken from another model')
             if t.shape != self.tensors[n].shape: raise ValueError(f'{n} has shape {tuple(t.shape)}, and {tuple(self.tensors[n].shape)} in the rewind point')
         for n in _with_extra(unwrap(model)):
@@ -150,8 +174,9 @@ class ModelState:
 
     @torch.no_grad()
     def restore(self, model):
-        "Copy the state back."
-        for n, t in named_tensors(model).items(): t.copy_(self.tensors[n])
+        "Copy the state back; a buffer that was not there, or had another shape, becomes what it was."
+        for n, p in _parameters(model).items(): p.copy_(self.tensors[n])
+        for n, (buffers, name) in _buffers(model).items(): _restore_buffer(buffers, name, self.tensors.get(n))
         for n, m in _with_extra(unwrap(model)).items(): m.set_extra_state(deepcopy(self.extra[n]))
 
 # %% ../nbs/api/04_rewind.ipynb #6baa7737
@@ -204,6 +229,9 @@ def check(self:RewindPoint, model, optimizer=None, how='fresh', copies=(), other
         if len(given) != len(taken): raise ValueError(f'{name} has {len(given)} entries, and the rewind point was taken with {len(taken)}: give the same')
     if optimizer is not None and self.optimizer is None:
         raise ValueError('the optimizer is not in the rewind point: attach it before the point is taken')
+    trainers = [(o, s) for o, s in ((optimizer, self.optimizer), *zip(others, self.others)) if hasattr(o, 'param_groups') or hasattr(o, 'hypers')]
+    for o, saved in trainers:
+        if _n_params(o.state_dict()) != _n_params(saved): raise ValueError('the optimizer has other groups of parameters than when the rewind point was taken: take the point again, or make the optimizer with all of them at first')
     self.model.check(model)
     for copy, (state, _) in zip(copies, self.copies): state.check(copy)
 
@@ -223,7 +251,9 @@ def restore(self:RewindPoint,
     for copy, (state, n_averaged) in zip(copies, self.copies):
         state.restore(copy)
         if n_averaged is not None: copy.n_averaged.copy_(n_averaged)
-    for o, saved in zip(others, self.others): o.load_state_dict(deepcopy(saved))
+    for o, saved in zip(others, self.others):
+        if isinstance(o, Optimizer): restore_optimizer(o, saved, how)
+        else: o.load_state_dict(deepcopy(saved))
     if optimizer is not None: restore_optimizer(optimizer, self.optimizer, how)
     for p in model.parameters(): p.grad = None
     (self.epoch_start or self.random).restore(loaders)

@@ -87,16 +87,19 @@ def prunable(
     "Find the weights that may be cut."
     owned = list(owned_weights(model))
     wanted = {n for n, p, m in owned if _by_default(n, p, m)} if layers is None else chosen_names(layers, owned, 'layers')
-    wanted -= chosen_names(ignore, owned, 'ignore') if ignore is not None else set()
+    ignored = chosen_names(ignore, owned, 'ignore') if ignore is not None else set()
+    spared = {id(p): n for n, p, _ in owned if n in ignored}
     weights, modules, notes, seen = {}, {}, {}, {}
     for n, p, m in owned:
-        if n not in wanted: continue
+        if n not in wanted - ignored: continue
         if is_lazy(p): raise ValueError(f'{n} has no shape yet: run a batch through the model first')
-        if not p.requires_grad: notes[n] = 'frozen, so it is not cut'
+        if id(p) in spared: notes[n] = f'tied to {spared[id(p)]}, which is ignored'
+        elif not p.requires_grad: notes[n] = 'frozen, so it is not cut'
+        elif not p.numel(): notes[n] = 'empty'
         elif id(p) in seen: notes[n] = f'tied to {seen[id(p)]}, and counted there'
         else: weights[n], modules[n], seen[id(p)] = p, m, n
     for prefix, m in unwrap(model).named_modules():
-        if isinstance(m, _prunable_types) and (is_parametrized(m) or _computed(m)):
+        if isinstance(m, _prunable_types) and (is_parametrized(m) or _computed(m)) and not any(m is o for o in modules.values()):
             notes[prefix] = 'not cut, since its weight is computed from others (parametrized, or by weight_norm, spectral_norm or prune)'
     if not weights: raise ValueError(f'layers={layers!r} and ignore={ignore!r} leave no weight to cut')
     return Selection(weights, modules, notes)

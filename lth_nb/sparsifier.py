@@ -9,6 +9,7 @@ __all__ = ['check_context', 'per_name', 'Sparsifier', 'refuse_empty', 'Report']
 
 # %% ../nbs/api/05_sparsifier.ipynb #dab27ebc
 import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ class Sparsifier:
         self.units = {n: units(granularity, m, self.weights[n], n) for n, m in self.selection.modules.items()}
         self.rates = _check_rates(per_name(rates or {}, self.selection, 'rates'))
         if len(self.rates) == len(self.weights): raise ValueError('rates names every layer: at least one must set the pace for the others')
-        self.seed = _drawn_seed() if seed is None and 'uniform' in self.criterion.needs else seed
+        if seed is None and 'uniform' in self.criterion.needs: seed = _drawn_seed()
+        self.seed = seed if seed is None else operator.index(seed)
         self.initial = {n: w.detach().clone() for n, w in self.weights.items()} if {'initial', 'previous'} & {*self.criterion.needs} else None
         self.previous, self.optimizer, self.copies, self.others, self.loaders, self._handles, self._copied = None, None, (), (), (), [], []
         self._find_followers(batch)
@@ -129,6 +131,8 @@ def set_mask(self:Sparsifier,
         if t.shape != self.tensors[n].shape: raise ValueError(f'the mask of {n} has shape {tuple(t.shape)}, the weight {tuple(self.tensors[n].shape)}')
     missing = [n for n in self.weights if n not in mask]
     if missing: raise ValueError(f'the mask lacks {missing[0]}, which is among the weights of this sparsifier')
+    torn = next((n for n, u in self.units.items() if u.unit_size > 1 and u.reduce(mask[n].float()).frac().any()), None)
+    if torn: raise ValueError(f"the mask cuts parts of what granularity={self.granularity!r} cuts as one, in {torn}: give granularity='weight', or a mask of whole units")
     whole = {n: torch.ones_like(t, dtype=torch.bool) for n, t in self.tensors.items() if n not in mask}  # followers that an older mask knew nothing of
     placed = {n: t.to(self.tensors[n].device) for n, t in mask.items()}
     self.mask, self._bits = (mask if not whole and all(placed[n] is mask[n] for n in mask) else Mask({**placed, **whole}, set(self.tensors) - set(self.weights))), {}
@@ -268,11 +272,20 @@ def _check_rewind(self:Sparsifier, point, optimizer):
 @torch.no_grad()
 def _cut_to(self:Sparsifier, sparsity):
     "Choose, remember the values of what is alive, cut."
-    mask = self.next_mask(sparsity)
-    if self.previous is None: self.previous = {n: w.detach().clone() for n, w in self.weights.items()}
+    mask, before = self.next_mask(sparsity), self.mask
+    if self.previous is None: self.previous = {n: t.detach().clone() for n, t in self.tensors.items()}
     else:
-        for n, w in self.weights.items(): self.previous[n] = torch.where(self.mask[n], w.detach(), self.previous[n].to(w))
+        for n, t in self.tensors.items(): self.previous[n] = torch.where(before[n], t.detach(), self.previous[n].to(t))
     self.set_mask(mask)
+    if has_followers(self.granularity): self._bring_back(before)
+
+@patch
+def _bring_back(self:Sparsifier, before):
+    "Give filters that are no longer cut the values they had last: one that is zero, with its bias and norm, passes no gradient."
+    for n, last in self.previous.items():
+        back = self.mask[n] & ~before[n]
+        if not back.any(): continue
+        for tensors in (self.tensors, *self._copied): tensors[n][back] = last[back].to(tensors[n])
 
 # %% ../nbs/api/05_sparsifier.ipynb #b68944ac
 @dataclass(frozen=True)
@@ -338,13 +351,13 @@ def hold_gradients(self:Sparsifier,
         else: hold_bits(grad, bits)
 
 # %% ../nbs/api/05_sparsifier.ipynb #656254a1
-def _check_optimizer(optimizer, weights):
-    "Refuse an optimizer that trains none of the weights; warn if it leaves some out."
-    trained = {id(p) for group in getattr(optimizer, 'param_groups', ()) for p in group['params']}
+def _check_optimizer(optimizer, others, weights):
+    "Refuse optimizers that train none of the weights; warn if they leave some out."
+    trained = {id(p) for o in (optimizer, *others) for group in getattr(o, 'param_groups', ()) for p in group['params']}
     missing = [n for n, w in weights.items() if id(w) not in trained] if trained else []
     if len(missing) == len(weights):
         raise ValueError(f'the optimizer holds none of the weights that may be cut, not even {missing[0]}: make it from the parameters() of this model')
-    if missing: warnings.warn(f'the optimizer does not hold {missing[0]} ({len(missing)} of {len(weights)} weights that may be cut): if no other one trains them, leave them out by ignore=')
+    if missing: warnings.warn(f'the optimizer does not hold {missing[0]} ({len(missing)} of {len(weights)} weights that may be cut): leave them out by ignore=, or give what trains them in others=[…]')
 
 # %% ../nbs/api/05_sparsifier.ipynb #c8f84a7d
 def _check_list(name, given):
@@ -362,12 +375,12 @@ def _has_scheduler(optimizer):
 def connect(self:Sparsifier,
     optimizer, # torch's or fastai's
     copies:Sequence=(), # averaged copies of the model (EMA) to mask and rewind along
-    others:Sequence=(), # further objects with `state_dict` and `load_state_dict` to rewind along
+    others:Sequence=(), # further objects with `state_dict` and `load_state_dict` to rewind along; torch optimizers like the first
     loaders:Sequence=(), # data loaders whose generators are rewound along
 )->Sparsifier: # itself
     "Say what belongs to the training state beside the model."
-    _check_optimizer(optimizer, self.weights)
     for name, given in (('copies', copies), ('others', others), ('loaders', loaders)): _check_list(name, given)
+    _check_optimizer(optimizer, others, self.weights)
     self.optimizer, self.copies, self.others, self.loaders = optimizer, tuple(copies), tuple(others), tuple(loaders)
     self._copied = [_all_names(c) for c in self.copies]
     self.set_mask(self.mask)
@@ -381,13 +394,13 @@ def attach(self:Sparsifier,
     others:Sequence=(), # as in `connect`
     loaders:Sequence=(), # as in `connect`
 )->Sparsifier: # itself
-    "Connect, and hold the mask after every backward pass and every step of the optimizer."
+    "Connect, and hold the mask after every backward pass and every step of the optimizer, and of those among the others."
     if not hasattr(optimizer, 'register_step_post_hook'):
         raise ValueError(f'optimizer={type(optimizer).__name__} is not a torch optimizer: in fastai, give SparsifyCallback or MaskCallback to fit')
     self.detach()
     self.connect(optimizer, copies, others, loaders)
     self._handles = [t.register_post_accumulate_grad_hook(lambda _, n=n: self.hold_gradients([n])) for n, t in self.tensors.items() if t.requires_grad]
-    self._handles.append(optimizer.register_step_post_hook(lambda *_: self.hold()))
+    self._handles += [o.register_step_post_hook(lambda *_: self.hold()) for o in (optimizer, *others) if hasattr(o, 'register_step_post_hook')]
     return self
 
 # %% ../nbs/api/05_sparsifier.ipynb #4d8acf57
