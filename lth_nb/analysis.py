@@ -32,8 +32,10 @@ def is_share(
 
 def lower_is_better(
     metric:str, # name of the metric, as fastai has it
+    higher_is_better:bool|None=None, # what is known of it; default: as its name says
 )->bool:
     "Tell whether less of a metric is better, as of losses and errors; `ValueError` if its name does not say."
+    if higher_is_better is not None: return not higher_is_better
     if re.search('loss|error|mse|mae|msle|rmspe|perplexity|brier|(^|_)(nll|wer|cer)(_|$)', metric.lower()): return True
     if is_share(metric) or re.search('auc|score|corr|kappa|bleu|r2|variance', metric.lower()): return False
     raise ValueError(f'metric={metric!r}: its name does not say whether more or less of it is better; say so by higher_is_better=')
@@ -85,8 +87,8 @@ def check_confidence(
 def short_number(
     x:float, # any number
 )->str: # few characters
-    "Write a number with two decimals, or with two digits where that would lose it; what is left of rounding is zero."
-    return f'{x:.2f}' if abs(x) >= 0.1 else f'{x:.2g}' if abs(x) >= 5e-5 else '0.00'
+    "Write a number with two decimals, or with two digits where that would lose it; what is left of rounding is zero, and NaN a dash."
+    return '–' if x != x else f'{x:.2f}' if abs(x) >= 0.1 else f'{x:.2g}' if abs(x) >= 1e-9 else '0.00'
 
 def short_p(
     p:float, # a p-value
@@ -137,6 +139,11 @@ def table(self:Results,
                        'cost in epochs trained in all.')
 
 # %% ../nbs/api/10_analysis.ipynb #329eafb3
+def _sparsities(self, arm):
+    "The sparsity of an arm's levels; where whole units are cut it differs between seeds, and this is the mean."
+    rows = self.frame.query('arm == @arm') if self.rows else pd.DataFrame(columns=['level', 'sparsity'])
+    return rows.groupby('level').sparsity.mean().to_dict()
+
 @patch
 def level_at(self:Results,
     arm:str, # its name
@@ -144,7 +151,7 @@ def level_at(self:Results,
     sparsity:float|None=None, # percent; the nearest level within half a point
 )->int: # default: the last level
     "Find the level of an arm that is asked for; an arm that is never pruned is taken as it is."
-    sparsities = {r['level']: r['sparsity'] for r in self.rows if r['arm'] == arm}
+    sparsities = _sparsities(self, arm)
     if not sparsities: raise ValueError(f'arm={arm!r} is not in these results, which have {list(dict.fromkeys(r["arm"] for r in self.rows))!r}')
     if level in sparsities: return level
     if (level is None and sparsity is None) or not any(sparsities.values()): return max(sparsities)
@@ -157,9 +164,9 @@ def level_at(self:Results,
 def is_constant(
     differences, # array; the last axis are the seeds
 ): # a bool; an array of them for many experiments
-    "Tell whether two or more differences are the same up to the rounding of a metric, which is a 32-bit number; a t test would take the rounding for the spread."
-    differences = np.asarray(differences, float)
-    return np.ptp(differences, axis=-1) < 1e-5 if differences.shape[-1] > 1 else np.zeros(differences.shape[:-1], bool)
+    "Tell whether two or more differences are the same up to rounding; a t test would take the rounding for the spread."
+    d = np.asarray(differences, float)
+    return np.ptp(d, axis=-1) <= 1e-9*np.abs(d).max(-1) if d.shape[-1] > 1 else np.zeros(d.shape[:-1], bool)
 
 def difference_interval(
     differences, # array; the last axis are the seeds
@@ -167,32 +174,49 @@ def difference_interval(
 ): # mean, lower and upper end; the ends are NaN where there is no spread to judge by
     "Estimate the mean of paired differences; the same difference in every seed, other than none at all, is luck and no certainty."
     mean, low, high = t_interval(differences, confidence)
-    lucky = is_constant(differences) & (np.abs(mean) > 1e-5)
+    lucky = is_constant(differences) & (mean != 0)
     return mean, np.where(lucky, np.nan, low)[()], np.where(lucky, np.nan, high)[()]
 
-def _notes(differences, a, b):
-    "What a reader should know about some paired differences (a Series by seed) of sparsities a and b."
-    gone, pairs = list(differences.index[differences.isna()]), differences.dropna()
-    notes = [f'no pair in seed {", ".join(map(str, gone))}'] if gone else []
+def _differences(one, other):
+    "Of two columns of a metric, which is a 32-bit number: what its rounding leaves of no difference, or of no spread, is taken out."
+    found, unit = one - other, 4*np.finfo(np.float32).eps*max(one.abs().max(), other.abs().max())
+    mean = found.mean()
+    if found.max() - found.min() < unit: found = found.mask(found.notna(), mean)
+    return found - mean if abs(mean) < unit else found
+
+def _diverged(self, wide, network):
+    "The seeds that have a network, (arm, level), and of it no finite number."
+    there = {r['seed'] for r in self.rows if (r['arm'], r['level']) == network}
+    return [s for s in wide.index[wide[network].isna()] if s in there]
+
+# %% ../nbs/api/10_analysis.ipynb #6013962b
+def _listed(seeds): return ', '.join(map(str, seeds))
+
+def _notes(pairs, gone, diverged, a, b):
+    "What a reader should know about paired differences, the seeds without a network, those without a number by arm, and sparsities a and b."
+    notes = [f'no pair in seed {_listed(gone)}'] if gone else []
+    notes += [f'{arm} has no finite number in seed {_listed(seeds)}' for arm, seeds in diverged.items() if seeds]
     if len(pairs) == 1: notes.append('one seed has no interval')
     if is_constant(pairs): notes.append('the same difference in every seed')
     if a and b and abs(a - b) > 0.5: notes.append(f'sparsity {short_number(a)} against {short_number(b)}')
     return '; '.join(notes)
 
 def _pair(self, wide, a, b):
-    "One comparison: both networks as (arm, level), what is known about it, and the differences of the seeds that have both."
-    sparsity = {(r['arm'], r['level']): r['sparsity'] for r in self.rows}
-    differences = wide[a] - wide[b]
-    row = dict(arm=a[0], level=a[1], sparsity=sparsity[a], other=b[0], other_level=b[1], n_seeds=int(differences.notna().sum()))
-    return row, differences.dropna().to_numpy(), _notes(differences, sparsity[a], sparsity[b])
+    "One comparison: both networks as (arm, level), what is known about it, and the differences of the seeds that have both; NaN where one has no finite number."
+    sparsity, diverged = [_sparsities(self, arm)[level] for arm, level in (a, b)], {n[0]: _diverged(self, wide, n) for n in (a, b)}
+    found = _differences(wide[a], wide[b])
+    pairs, lost = found.dropna(), [s for s in found.index[found.isna()] if s in sum(diverged.values(), [])]
+    gone = [s for s in found.index if s not in pairs and s not in lost]
+    row = dict(arm=a[0], level=a[1], sparsity=sparsity[0], other=b[0], other_level=b[1], n_seeds=len(pairs))
+    return row, found.drop(gone).to_numpy(), _notes(pairs, gone, diverged, *sparsity)
 
-# %% ../nbs/api/10_analysis.ipynb #6013962b
+# %% ../nbs/api/10_analysis.ipynb #3d420e19
 def p_value(
     differences, # of the seeds
 )->float: # NaN where there is no spread to judge by
     "Test by paired t whether the mean difference could be zero."
     if len(differences) < 2: return np.nan
-    if is_constant(differences): return 1. if abs(differences[0]) < 1e-5 else np.nan
+    if is_constant(differences): return np.nan if np.any(differences) else 1.
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 def p_holm(
@@ -231,7 +255,7 @@ def compare(self:Results,
 )->NotedTable: # a row a pair
     "Compare arms by their differences within each seed."
     pairs, wide, k = _as_pairs(_names(pairs)), self.by_seed(metric), 100 - check_confidence(confidence)
-    found = [_pair(self, wide, *_levels(self, pair, level, sparsity)) for pair in pairs]
+    found = [(row, d[np.isfinite(d)], note) for row, d, note in (_pair(self, wide, *_levels(self, pair, level, sparsity)) for pair in pairs)]
     p_values, rows = [p_value(d) for _, d, _ in found], []
     for (row, d, note), p, corrected in zip(found, p_values, p_holm(p_values)):
         mean, low, high = difference_interval(d, 100 - k/len(pairs))
@@ -312,22 +336,21 @@ def verdict(self:Results,
     if min_seeds < 2: raise ValueError(f'min_seeds={min_seeds!r} is too few for an interval: give 2 or more')
     if not any(r['kind'] == 'dense' for r in self.rows): raise ValueError("these results have no arm of kind 'dense', and a verdict compares with one")
     check_confidence(confidence)
-    lower = lower_is_better(metric) if higher_is_better is None else not higher_is_better
-    wide, sign, rewinds = self.by_seed(metric), -1 if lower else 1, {r['arm']: r['rewind'] for r in self.rows}
+    wide, sign, rewinds = self.by_seed(metric), -1 if lower_is_better(metric, higher_is_better) else 1, {r['arm']: r['rewind'] for r in self.rows}
     found = [(kind, *_pair(self, wide, t, other)) for t in _tickets(self, level, sparsity) for kind, other in _opponents(self, *t)]
     n_controls, rows = sum(kind == 'control' for kind, *_ in found), []
     for kind, row, d, note in found:
         judged = against_dense(sign*d, margin, rewinds[row['arm']], confidence) if kind == 'dense' else against_control(sign*d, n_controls, confidence)
-        word, (low, high) = str(judged[0]) if len(d) >= min_seeds else 'not enough seeds', sorted(sign*end for end in judged[1:])
+        word, (low, high) = str(judged[0]) if row['n_seeds'] >= min_seeds else 'not enough seeds', sorted(sign*end for end in judged[1:])
         about = {k: row[k] for k in ('arm', 'level', 'sparsity', 'other')}
-        rows.append(about | dict(verdict=word, difference=t_interval(d)[0], low=low, high=high, n_seeds=len(d), kind=kind, note=note))
+        rows.append(about | dict(verdict=word, difference=t_interval(d[np.isfinite(d)])[0], low=low, high=high, n_seeds=row['n_seeds'], kind=kind, note=note))
     note = (f'{with_unit(metric)}, ticket minus other, seed by seed after the last step{"; less is better" if sign < 0 else ""}. '
             f'Against dense: one-sided {confidence:g} % bounds each and a margin of {margin:g}.')
     if n_controls: note += f' Against controls: t intervals, {n_controls} in all, that hold together with {confidence:g} % (Bonferroni).'
     return Verdict(noted_table(rows, note), margin, metric, min_seeds, confidence)
 
 # %% ../nbs/api/10_analysis.ipynb #35af3734
-def _signed(x): return short_number(x).replace('-', '−') if x < 0 or short_number(x) == '0.00' else f'+{short_number(x)}'
+def _signed(x): return short_number(x).replace('-', '−') if not x > 0 or short_number(x) == '0.00' else f'+{short_number(x)}'
 def _name(arm): return f"`{str(arm).replace('`', chr(39))}`"
 
 def _say_dense(r, v):

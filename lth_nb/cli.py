@@ -17,6 +17,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -181,17 +182,23 @@ def _save_tickets(exp, run, results):
     (run/'tickets').mkdir(exist_ok=True)
     rows = sorted((r for r in results.rows if r['kind'] == 'ticket' and r['mask']), key=lambda r: r['level'])
     last = {(r['arm'], r['seed']): r['level'] for r in rows}
-    name = lambda arm, level, seed: f'{re.sub("[^0-9A-Za-z]+", "-", arm)}-level{level}-seed{seed}.safetensors'
-    return [str(exp.ticket(run, arm, level, seed).save(run/'tickets'/name(arm, level, seed))) for (arm, seed), level in last.items()]
+    named = _file_names(dict.fromkeys(arm for arm, _ in last))
+    return [str(exp.ticket(run, arm, level, seed).save(run/'tickets'/f'{named[arm]}-level{level}-seed{seed}.safetensors')) for (arm, seed), level in last.items()]
+
+def _file_names(arms):
+    "A name for files of each arm: its letters and digits, and a number where that is another arm's, too."
+    plain, found = {arm: re.sub(r'[\W_]+', '-', arm).strip('-') or 'arm' for arm in arms}, {}
+    for arm, name in plain.items(): found[arm] = next(n for n in chain([name], (f'{name}-{i}' for i in count(2))) if n not in found.values())
+    return found
 
 # %% ../nbs/api/11a_cli.ipynb #9ccee50b
-def _judged(results, margin, metric):
+def _judged(results, margin, metric, higher_is_better):
     "What the results say: a document for --json, and a list for people."
     from lth_nb.analysis import with_unit # and with it, results have table and verdict
     document = dict(networks=len(results.rows), failed=list(results.failed), metric=metric, margin=margin, table=[], verdicts=[], words=[])
     if not results.rows: return document, _failures(results.failed)
     table = results.table(metric)
-    try: verdict = results.verdict(margin, metric)
+    try: verdict = results.verdict(margin, metric, higher_is_better=higher_is_better)
     except ValueError as e: verdict, words = None, [f'No verdicts: {e}']
     else: words = [f'{heading}: {text}' for heading, text in verdict.lines] if len(verdict.frame) else []
     if verdict: document['margin'] = verdict.margin
@@ -209,13 +216,14 @@ def _do_compare(file, plan, as_json, **options):
     if plan: return _answer(dict(networks=todo.n_networks, epochs=todo.epochs, left=todo.left, segments=[dict(zip(names, r)) for r in todo.rows]), as_json, repr(todo))
     with _stdout_kept():
         results, tickets = _train(exp, todo, s)
-        document, shown = _judged(results, s['margin'], s['metric'])
+        document, shown = _judged(results, s['margin'], s['metric'], s['higher_is_better'])
     _answer(dict(run=s['out']) | document | dict(tickets=tickets), as_json, *shown, *(f'Ticket: {t}' for t in tickets))
     return int(bool(results.failed))
 
 # %% ../nbs/api/11a_cli.ipynb #6b2debc3
 _AsJson = Annotated[bool, typer.Option('--json', help='One JSON document on stdout instead.')]
 _Run = Annotated[Path, typer.Argument(metavar='RUN', help="The run's folder, as --out named it.")]
+_HigherIsBetter = Annotated[bool|None, typer.Option('--higher-is-better/--lower-is-better', help='Which way is better; default: as the name of the metric says.', show_default=False)]
 _TicketFile = Annotated[Path, typer.Argument(metavar='TICKET', help='A ticket file.')]
 
 def _setting(name, text):
@@ -250,6 +258,7 @@ def _compare(
     out:Annotated[str|None, _setting('out', "The run's folder; default: runs/ and the name of file or data.")]=None,
     margin:Annotated[float|None, _setting('margin', 'Loss that does not matter; set it beforehand. Default: 1 point of percent, for shares.')]=None,
     metric:Annotated[str|None, _setting('metric', 'What is compared.')]=None,
+    higher_is_better:_HigherIsBetter=None,
     tickets:Annotated[bool|None, typer.Option('--tickets', help="Write the tickets of the last level into the run's folder.")]=None,
     plan:Annotated[bool, typer.Option('--plan', help='Show what would be trained, and stop.')]=False,
     as_json:_AsJson=False,
@@ -288,7 +297,7 @@ def _status(run:_Run, as_json:_AsJson=False):
 # %% ../nbs/api/11a_cli.ipynb #2c09abef
 @app.command('report')
 def _report(run:_Run, margin:Annotated[float|None, typer.Option(help='Loss that does not matter; set it beforehand. Default: 1 point of percent, for shares.')]=DEFAULTS['margin'],
-            metric:Annotated[str, typer.Option(help='What is compared.')]=DEFAULTS['metric'], as_json:_AsJson=False):
+            metric:Annotated[str, typer.Option(help='What is compared.')]=DEFAULTS['metric'], higher_is_better:_HigherIsBetter=None, as_json:_AsJson=False):
     """Write RUN/report.html: verdicts, tables, pictures and settings on one page that can be sent.
 
     Example: [bold]lth-nb report runs/first[/bold]"""
@@ -296,7 +305,7 @@ def _report(run:_Run, margin:Annotated[float|None, typer.Option(help='Loss that 
     from lth_nb.results import Results
     check_settings(dict(margin=margin), ['margin'])
     results = Results.load(run)
-    file = results.report(run/'report.html', margin, metric)
+    file = results.report(run/'report.html', margin, metric, higher_is_better=higher_is_better)
     _answer(dict(report=str(file), networks=len(results.rows), failed=len(results.failed)), as_json, f'{file}: {results!r}')
 
 # %% ../nbs/api/11a_cli.ipynb #87eaabad

@@ -108,14 +108,15 @@ def connectivity(self:Experiment,
 def barriers(self:Connectivity,
     metric:str='accuracy', # or another one of the learner's, or 'valid_loss'
     confidence:float=95, # percent
+    higher_is_better:bool|None=None, # of the metric; default: as its name says
 )->NotedTable: # a row for each arm and level
     "Show the mean barrier of each arm and level with its t interval."
     check_confidence(confidence)
     wide, rows = self.by_seed(metric), []
-    heights = pd.Series(barrier(wide, lower_is_better(metric)), wide.index)
-    for (arm, level, sparsity), values in heights.groupby(['arm', 'level', 'sparsity'], sort=False):
+    heights = pd.Series(barrier(wide, lower_is_better(metric, higher_is_better)), wide.index)
+    for (arm, level), values in heights.groupby(['arm', 'level'], sort=False):
         mean, low, high = t_interval(values, confidence)
-        rows.append(dict(arm=arm, level=level, sparsity=sparsity, barrier=mean, low=low, high=high, max=values.max(), n_seeds=len(values)))
+        rows.append(dict(arm=arm, level=level, sparsity=values.index.get_level_values('sparsity').values.mean(), barrier=mean, low=low, high=high, max=values.max(), n_seeds=len(values)))
     return noted_table(rows, f'{with_unit(metric)}: how much worse the worst point between ticket and twin is than both on average; mean over seeds with its {confidence:g} % t interval. '
                        'Below 2 percentage points of error counts as stable in Frankle et al. 2020.')
 

@@ -298,7 +298,6 @@ class Decoded:
 # %% ../nbs/api/08_data.ipynb #d4c54ae1
 def _build(file, meta, paths):
     "Decode `paths` into `file`, then write its description beside it."
-    for left_over in file.parent.glob(f'{file.name}.*.tmp'): left_over.unlink()  # of a process that was killed; the lock is ours
     crc = 0
     with written(file) as f, ThreadPoolExecutor() as pool: # Pillow decodes outside Python's lock, so threads do
         for part in chunked(paths, 512):
@@ -332,7 +331,7 @@ def decode_once(
     file = folder/f'images-v1-{size}px-{source[:16]}.u8'
     if not _is_whole(file, meta):
         with FileLock(folder/'building.lock'):
-            for left_over in folder.glob('*.tmp'): left_over.unlink()
+            for left_over in folder.glob('images-v1-*.tmp'): left_over.unlink() # of a process that was killed; the lock is ours
             if not _is_whole(file, meta): _build(file, meta, paths) # another process may have been first
     return Decoded(file, meta['shape'])
 

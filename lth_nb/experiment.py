@@ -83,8 +83,15 @@ def _check_learner(learn, recipe, arms):
     if own: raise ValueError(f'the learner has a {type(own).__name__}, which knows nothing of rounds and positions: leave it out; anneal= of the recipe gives a schedule')
     if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(a.rewind and a.rewind.step for a in arms):
         raise ValueError('rewind_step counts batches here, and this learner accumulates gradients over several: give rewind_epoch')
-    taken = {'arm', 'kind', 'of', 'rewind', 'level', 'sparsity', 'n_kept', 'n_total', 'seed', 'epochs', 'cost', 'segment', 'mask'} & set(learn.metrics.attrgot('name'))
+    _check_metrics(list(learn.metrics.attrgot('name')))
+
+_COLUMNS = {'arm', 'kind', 'of', 'rewind', 'level', 'sparsity', 'n_kept', 'n_total', 'seed', 'epochs', 'cost', 'train_loss', 'valid_loss', 'segment', 'mask', 'epoch', 'batch', 'steps', 'time', 'seconds'}
+
+def _check_metrics(names):
+    "Raise `ValueError` for metrics that would be lost among others of their name."
+    taken, twice = _COLUMNS & {*names}, [n for n in names if names.count(n) > 1]
     if taken: raise ValueError(f'a metric is called {min(taken)!r}, as a column of the results is: give it another name')
+    if twice: raise ValueError(f'two metrics are called {twice[0]!r}, and only one would be kept: make each of a function with a name of its own')
 
 def _fixed(exp, weights, data):
     "The first layer that begins with the same values for another seed, or None; `ValueError` where that has other data."
@@ -279,7 +286,7 @@ def _processor():
 def _describe(exp, store):
     "Write down what is run, on what, beside the results; return it without the networks."
     store.path.mkdir(parents=True, exist_ok=True)
-    about = dict(recipe=repr(exp.recipe), arms=[a.name for a in exp.arms], levels=list(exp.grid.sparsities), seeds=list(exp.seeds), pruning=repr(exp.pruning), n_batches=exp.grid.n_batches,
+    about = dict(recipe=repr(exp.recipe), base=store.base, arms=[a.name for a in exp.arms], levels=list(exp.grid.sparsities), seeds=list(exp.seeds), pruning=repr(exp.pruning), n_batches=exp.grid.n_batches,
                  versions=versions(), machine=platform.platform(), processor=_processor(), cores=os.cpu_count())
     networks = [dict(arm=a.name, level=level, seed=seed, segment=store.name(s.segment), begin=s.segment.begin, batch=s.batch) for (a, level, seed), s in exp.networks.items()]
     with written(store.path/'experiment.json') as f: f.write(json.dumps(about | dict(networks=networks), indent=1, default=str).encode())

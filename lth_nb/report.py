@@ -151,12 +151,13 @@ def report(self:Results,
     title:str='Lottery tickets', # of the page
     min_seeds:int=3, # fewer pairs get no verdict
     confidence:float=95, # percent
+    higher_is_better:bool|None=None, # of the metric; default: as its name says
 )->Path: # the file
     "Write one self-contained page with verdicts, tables, pictures, failures and settings."
     path = Path(path or (self.path or Path())/'report.html')
     parts = {'What did not finish': _failed(self), 'How it was made': _settings(self)}
     if self.rows: parts = {
-        'What the numbers allow to say': _verdicts(self, margin=margin, metric=metric, min_seeds=min_seeds, confidence=confidence),
+        'What the numbers allow to say': _verdicts(self, margin=margin, metric=metric, min_seeds=min_seeds, confidence=confidence, higher_is_better=higher_is_better),
         'The numbers': table_html(self.table(metric, confidence), 'Mean and interval of each arm and level'),
         'The pictures': _figures(self, metric, confidence)} | parts
     body = '\n'.join(f'<section><h2>{heading}</h2>{part}</section>' for heading, part in parts.items())

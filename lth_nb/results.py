@@ -11,9 +11,11 @@ __all__ = ['save_mask', 'load_mask', 'Results']
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
@@ -149,7 +151,7 @@ def load(cls:Results,
 )->Results:
     "Read results back."
     from pyarrow import parquet
-    path = Path(path)
+    path = Path(path).absolute()
     missing = [n for n in ('results.parquet', 'epochs.jsonl', 'results.json') if not (path/n).exists()]
     if missing: raise ValueError(f'path={str(path)!r} holds no results: there is no {missing[0]} in it')
     rows = parquet.read_table(path/'results.parquet').to_pylist()
@@ -182,16 +184,31 @@ def _parts(self):
     "What is known about each run that was joined."
     return self.info.get('joined', [self.info])
 
+def _target(self, row):
+    "The sparsity that was asked for, where it is known; what came out differs from seed to seed where whole units are cut."
+    part = next((p for p in _parts(self) if row['arm'] in p.get('arms', ()) and row['seed'] in p.get('seeds', ())), {})
+    levels = [0, *part.get('levels', ())]
+    return levels[row['level']] if row['level'] < len(levels) else row['sparsity']
+
+def _check_origins(a, b):
+    "Raise `ValueError` where a seed's networks come from different code or data; warn where other seeds' do."
+    for one, other in product(_parts(a), _parts(b)):
+        if not ('base' in one and 'base' in other) or one['base'] == other['base']: continue
+        both = sorted({r['seed'] for r in a.rows}.intersection((r['seed'] for r in b.rows), one['seeds'], other['seeds']))
+        if both: raise ValueError(f"results with different code of the recipe's function, options or data cannot be joined: they share seed {both[0]}")
+        warnings.warn("the results come from different code of the recipe's function, options or data, each for seeds of its own")
+
 def _check_joins(a, b):
     "Raise `ValueError` unless two results may stand in one table."
     for k in ('recipe', 'pruning'):
         values = {json.dumps(part.get(k), sort_keys=True, default=str) for part in _parts(a) + _parts(b)}
         if len(values) > 1: raise ValueError(f'results with different {k} cannot be joined: {" and ".join(sorted(values))}')
+    _check_origins(a, b)
     networks, levels = {_key(r): r for r in a.rows}, {_key(r)[:2]: r for r in a.rows}
     for r in b.rows:
         same, twin = levels.get(_key(r)[:2], r), networks.get(_key(r), r)
-        differs = [k for k in ('kind', 'of', 'rewind') if r[k] != same[k]] + ['sparsity']*(abs(r['sparsity'] - same['sparsity']) > 0.5)
-        differs += [k for k in {**r, **twin} if json.dumps(r.get(k)) != json.dumps(twin.get(k))]
+        differs = [k for k in ('kind', 'of', 'rewind') if r[k] != same[k]] + ['sparsity']*(abs(_target(b, r) - _target(a if same is not r else b, same)) > 0.5)
+        differs += [k for k in {**r, **twin} if k != 'mask' and json.dumps(r.get(k)) != json.dumps(twin.get(k))] # a mask's place depends on the folder; its segment names it
         name, differs = 'arm={!r}, level={!r}, seed={!r}'.format(*_key(r)), ', '.join(dict.fromkeys(differs))
         if differs: raise ValueError(f'{name} does not belong to the other results: it differs in {differs}')
 

@@ -30,7 +30,7 @@ def import_function(
 
 # %% ../nbs/api/11_settings.ipynb #a10c2648
 DEFAULTS = dict(data='digits', epochs=5, lr=1e-3, anneal='none', precision='float32', threads=1, seeds=5, sparsity=50., schedule='iterative', rewind_epoch=0.,
-                controls='reinit,shuffled', granularity='weight', criteria='large_final', n_jobs=1, margin=None, metric='accuracy', tickets=False)
+                controls='reinit,shuffled', granularity='weight', criteria='large_final', n_jobs=1, margin=None, metric='accuracy', higher_is_better=None, tickets=False)
 
 def _read(
     file:Path, # TOML
@@ -106,14 +106,15 @@ def _tickets_and_controls(rewind_epochs, controls):
     return [makers['dense'](), *tickets, *(control(of=t) for t in tickets for control in wanted)]
 
 # %% ../nbs/api/11_settings.ipynb #f37df3c2
-_OWN = 'data', 'arms', 'schedule', 'rounds', 'sparsity', 'seeds', 'rewind_epoch', 'controls', 'n_jobs', 'out', 'margin', 'metric', 'tickets'
+_OWN = 'data', 'arms', 'schedule', 'rounds', 'sparsity', 'seeds', 'rewind_epoch', 'controls', 'n_jobs', 'out', 'margin', 'metric', 'higher_is_better', 'tickets'
 
 def check_settings(s, known):
     "Raise `ValueError` for a setting that is not one, and for values that nobody else looks at before training."
     unknown = [k for k in s if k not in known]
     if unknown: raise ValueError(f'there is no setting {unknown[0]!r}: must be one of {", ".join(known)}')
     for name, kind, ok, allowed in (('n_jobs', int, lambda n: n, 'a whole number, -1 for all cores'), ('margin', (int, float, type(None)), lambda m: m is None or 0 <= m < inf, 'a number of 0 or more'),
-                                    ('out', str, bool, 'the name of a folder'), ('tickets', bool, lambda t: True, 'true or false'), ('arms', dict, bool, 'a table for each arm')):
+                                    ('out', str, bool, 'the name of a folder'), ('tickets', bool, lambda t: True, 'true or false'),
+                                    ('higher_is_better', (bool, type(None)), lambda h: True, 'true or false'), ('arms', dict, bool, 'a table for each arm')):
         if name in s and not (isinstance(s[name], kind) and ok(s[name])): raise ValueError(f'{name}={s[name]!r}: must be {allowed}')
 
 def _parts(s):

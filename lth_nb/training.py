@@ -15,6 +15,7 @@ from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import current_process
+from numbers import Real
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
@@ -166,7 +167,7 @@ def after_epoch(self:SegmentCallback):
     PathCallback.after_epoch(self)
     if any(isinstance(cb, GradientAccumulation) and cb.count for cb in self.learn.cbs):
         raise ValueError('gradients are accumulated across the end of an epoch, where training must be able to go on: choose n_acc so that groups fill an epoch')
-    values = dict(zip(self.learn.recorder.metric_names[1:], self.learn.recorder.values[-1]))
+    values = _numbers(dict(zip(self.learn.recorder.metric_names[1:], self.learn.recorder.values[-1])))
     row = dict(epoch=self._position.epoch, batch=self.batch, steps=self._position.steps, **{**values, 'train_loss': float(self._sum/max(self._n, 1))})
     self.epochs.append({k: v for k, v in row.items() if k not in ('sparsity', 'time')} | dict(seconds=round(time.time() - self._began, 3)))
     state = State(self.segment, self.batch)
@@ -191,6 +192,12 @@ def _fit(learn, recipe, segment, callback, end):
     with learn.no_bar(), learn.no_logging(): learn.fit(-(-end//n) - position.epoch, segment.lr or recipe.lr, cbs=[seeded, callback, *anneal])
 
 # %% ../nbs/api/09e_training.ipynb #80a810ff
+def _numbers(values):
+    "The values; `ValueError` for a metric that is no single number."
+    odd = next((n for n, v in values.items() if not isinstance(v, (Real, type(None)))), None)
+    if odd: raise ValueError(f'the metric {odd!r} gives a {type(values[odd]).__name__}: must give one number')
+    return values
+
 def validated(
     learn:Learner, # with weights, trained or not
     **how, # loader and callbacks, for `Learner.validate`
@@ -198,7 +205,7 @@ def validated(
     "Validate a network without a fit."
     onlookers = [cb for cb in learn.cbs if cb.order > Recorder.order]  # which expect a fit
     with learn.no_bar(), learn.no_logging(), learn.removed_cbs(onlookers): values = learn.validate(**how)
-    return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], values))
+    return _numbers(dict(zip(['valid_loss', *learn.metrics.attrgot('name')], values)))
 
 class _Counting(Callback):
     "Let some layers count while the rest is validated."

@@ -153,6 +153,31 @@ def test_parts_and_sums(tmp_path):
     with pytest.raises(ValueError, match='different recipe'): results + replace(results, info=dict(recipe='other', pruning='global'))
 
 
+def test_a_seed_is_not_put_together_from_different_code_or_data():
+    results = example()
+    a, b = (replace(results, info=results.info | dict(base=base, seeds=list(range(5)))) for base in 'xy')
+    with pytest.raises(ValueError, match='different code .* they share seed 0'): a.only(['dense', 'imp']) + b.only('reinit')
+    with pytest.warns(UserWarning, match='different code'): assert len((a.only(seeds=[0, 1]) + b.only(seeds=[2, 3, 4])).rows) == len(results.rows)
+    assert len((a.only('dense') + results.only('imp')).rows) == 20 # written when results did not name it
+
+
+def test_whole_units_cut_differ_between_seeds_and_belong_together():
+    "Filters fit 50 % more or less closely, and where masks lie depends on the folder."
+    a, b = (replace(made({('dense', 0): [.9]*4, ('imp', 1): [.9]*4}).only(seeds=seeds), info=dict(arms=['dense', 'imp'], seeds=seeds, levels=[50.])) for seeds in ([0, 1], [1, 2, 3]))
+    b = replace(b, rows=tuple(r | dict(sparsity=r['sparsity'] and 48., mask=r['mask'] and f'../{r["mask"]}') if r['seed'] > 1 else r | dict(mask=r['mask'] and f'../{r["mask"]}') for r in b.rows))
+    joined = a + b
+    assert len(joined.rows) == 8 and joined.compare('imp', 'dense', sparsity=49).sparsity[0] == 49
+    with pytest.raises(ValueError, match='differs in sparsity'): a + replace(b, info=b.info | dict(levels=[60.]))
+
+
+def test_results_are_found_from_another_folder(tmp_path, monkeypatch):
+    with_masks(example(2), tmp_path/'run').save(tmp_path/'run')
+    monkeypatch.chdir(tmp_path)
+    loaded = Results.load('run')
+    monkeypatch.chdir('/')
+    assert loaded.mask('imp', 1, 0)
+
+
 def test_a_nan_that_is_in_both_is_no_difference():
     a = made({('dense', 0): [math.nan, .9]})
     assert len((a + made({('dense', 0): [float('nan'), .9]})).rows) == 2
@@ -204,7 +229,7 @@ def test_pairs_of_one_call_share_the_confidence():
 def test_missing_pairs_are_left_out_and_said():
     results = made({('imp', 1): [.9, .91, math.nan, .93, .90], ('dense', 0): [.9, None, .9, .9, math.inf]})
     row = results.compare('imp', 'dense').iloc[0]
-    assert row.n_seeds == 2 and row.note == 'no pair in seed 1, 2, 4' and row.difference == pytest.approx(1.5)
+    assert row.n_seeds == 2 and row.note == 'no pair in seed 1; imp has no finite number in seed 2; dense has no finite number in seed 4' and row.difference == pytest.approx(1.5)
     assert list(results.table()[['n_seeds', 'missing']].itertuples(index=False, name=None)) == [(4, 1), (3, 2)]
 
 
@@ -224,6 +249,35 @@ def test_equal_differences_are_said_and_raise_no_warning(recwarn):
     assert rounded.compare('imp', 'dense').note[0] == 'the same difference in every seed'
     assert 'the same difference in every seed' in same.compare('imp', 'dense').note[0] and 'the same difference' in more.verdict().lines[0][1]
     assert not recwarn.list
+
+
+def test_what_diverged_is_not_left_out_of_a_verdict():
+    "A ticket that is better in every seed in which it did not diverge."
+    dense = [.90, .91, .89, .90, .91]
+    whole, lost = (made({('dense', 0): dense, ('imp', 1): imp, ('reinit', 1): [.89, .90, .88, .89, .90]}) for imp in ([.92, .94, .91, .92, .93], [.92, .94, .91, math.nan, .93]))
+    assert list(whole.verdict().frame.verdict) == ['winning', 'better']
+    found = lost.verdict()
+    assert list(found.frame.verdict) == ['undecided', 'no difference shown'] and found.frame[['low', 'high']].isna().all(axis=None) and (found.frame.n_seeds == 4).all() and found.frame.difference.min() > 1
+    assert 'bounds – and –' in found.lines[0][1] and 'With `dense`: imp has no finite number in seed 3.' in found.lines[0][1]
+    missing = made({('dense', 0): dense, ('imp', 1): [.92, .94, .91, None, .93]}) # not run: that says nothing of the ticket
+    assert missing.verdict().frame.verdict[0] == 'winning'
+
+
+@pytest.mark.parametrize('unit', [1, 1e-3, 1e-6])
+def test_small_numbers_are_compared_like_large_ones(unit):
+    "Differences of a hundred thousandth in a metric that is itself of that size are no rounding."
+    imp, dense = unit*np.array([.90, .91, .89, .92]), unit*np.array([.95, .94, .96, .93])
+    found, row = with_metric('mse', dense, imp), stats.ttest_rel(imp, dense)
+    [compared] = found.compare('imp', 'dense', metric='mse').to_dict('records')
+    np.testing.assert_allclose([compared[k] for k in ('difference', 'low', 'high', 'p')], [np.mean(imp - dense), *row.confidence_interval(), row.pvalue], rtol=1e-6)
+    assert not compared['note'] and found.verdict(.1*unit, 'mse').frame.verdict[0] == 'winning'
+    assert not re.search(r'0\.00\b', found.verdict(.1*unit, 'mse').lines[0][1])
+
+
+def test_what_rounding_leaves_of_nothing_is_nothing():
+    a, b = np.float32([61/100, 62/100, 60/100]).astype(float), np.float32([60/100, 61/100, 62/100]).astype(float)
+    row = made({('imp', 1): a, ('dense', 0): b}).compare('imp', 'dense').iloc[0]
+    assert abs(row.difference) < 1e-12 and row.low == -row.high
 
 
 def test_a_comparison_without_a_number_counts_among_the_corrections():
@@ -504,7 +558,7 @@ def test_the_same_difference_in_every_seed_proves_nothing():
     results = made({('dense', 0): [.9, .91, .92], ('imp', 1): [.88, .89, .90], ('reinit', 1): [.87, .88, .89]})
     frame, pair = results.verdict(1).frame, results.compare('imp', 'reinit')
     assert list(frame.verdict) == ['undecided', 'no difference shown'] and np.isnan([frame.low[0], pair.low[0], pair.p[0]]).all()
-    assert 'undecided' in results.verdict(1).lines[0][1]
+    assert 'undecided' in results.verdict(1).lines[0][1] and 'bounds – and –' in results.verdict(1).lines[0][1] and '– to –' in results.verdict(1).lines[0][1]
 
 
 def test_an_arm_that_does_not_rewind_wins_nothing():
@@ -538,6 +592,13 @@ def test_what_is_missing_is_said():
     with pytest.raises(ValueError, match='nothing has finished, and results.failed says why'): Results().table()
     with pytest.raises(ValueError, match="which have valid_loss, accuracy; give one of them as metric="): example().table('f1')
     with pytest.warns(UserWarning, match='0.01 points of percent; for a share of 0.01 give 1'): example().verdict(margin=.01)
+
+
+def test_a_metric_is_judged_the_way_it_is_said_to_go(tmp_path):
+    results = with_metric('psnr', [30., 31., 29.], [33., 34., 33.])
+    for higher, word in ((True, 'winning'), (False, 'worse')):
+        assert f'>{word}<' in results.report(tmp_path/'page.html', 1., 'psnr', higher_is_better=higher).read_text()
+    assert 'higher_is_better=' in results.report(tmp_path/'page.html', 1., 'psnr').read_text()
 
 
 def test_a_report_lies_with_its_results(tmp_path):

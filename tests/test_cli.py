@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from lth_nb import __version__, arms
 from lth_nb.arms import Pruning
 from lth_nb.fitting import set_generators
-from lth_nb.cli import app
+from lth_nb.cli import _file_names, app
 from lth_nb.experiment import Experiment
 from lth_nb.recipe import Recipe, digits_learner
 from lth_nb.results import Results
@@ -115,7 +115,7 @@ def test_the_defaults_are_the_librarys():
     for name in ('lr', 'precision', 'threads', 'sparsity', 'granularity'): assert DEFAULTS[name] == theirs[name]
     assert (DEFAULTS['seeds'], DEFAULTS['criteria'], theirs['anneal']) == (len(theirs['seeds']), theirs['criteria'].name, None)
     told = ' '.join(re.sub('[│╭╮╰╯─]', ' ', ask('compare', '--help').stdout).split())
-    for name in DEFAULTS.keys() - {'rewind_epoch', 'tickets', 'margin'}: assert f"({DEFAULTS[name]})" in told, name
+    for name in DEFAULTS.keys() - {'rewind_epoch', 'tickets', 'margin', 'higher_is_better'}: assert f"({DEFAULTS[name]})" in told, name
     assert all(control in told for control in ('reinit', 'shuffled', 'random_mask', 'dense_long', 'supermask', 'Default: 1 point'))
 
 
@@ -285,6 +285,11 @@ def test_a_share_for_a_percentage_is_warned_of(here):
     assert done.exit_code == 0 and re.match('Warning: sparsity=0.5 means 0.5 %[^\n]+\n$', done.stderr)
 
 
+def test_every_arm_has_files_of_its_own():
+    names = _file_names(['imp → epoch 1', 'a b', 'a-b', 'a_b', 'билет', '→'])
+    assert list(names.values()) == ['imp-epoch-1', 'a-b', 'a-b-2', 'a-b-3', 'билет', 'arm']
+
+
 # status, report
 
 def test_status_counts_what_is_written_down(here):
@@ -311,6 +316,9 @@ def test_report_says_where(run):
     assert page.startswith('<!doctype html>') and 'shuffled of imp' in page and 'a margin of 1' in page
     ask('report', run, '--margin', 2)
     assert 'a margin of 2' in (run/'report.html').read_text()
+    for way, said in (('--higher-is-better', False), ('--lower-is-better', True)):
+        ask('report', run, '--metric', 'valid_loss', '--margin', 2, way)
+        assert ('less is better' in (run/'report.html').read_text()) == said
     assert 'margin=-1' in refused(ask('report', run, '--margin', -1)) and "metric='f1'" in refused(ask('report', run, '--metric', 'f1'))
 
 

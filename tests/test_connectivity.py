@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -13,7 +14,7 @@ from torch import nn
 
 from lth_nb.all import recount_norm
 from lth_nb.arms import Arm, dense, imp, shuffled, twin
-from lth_nb.connectivity import barrier, between
+from lth_nb.connectivity import Connectivity, barrier, between
 from lth_nb.experiment import Experiment
 from lth_nb.rewind import RandomState
 from lth_nb.schedule import iterative, one_shot
@@ -159,3 +160,9 @@ def test_what_cannot_be_is_said(tmp_path):
         (connected := Experiment(digits(), exp.arms, one_shot, 50, [0])).run(tmp_path/'b', progress=False)
         connected.connectivity(tmp_path/'b', 3, progress=False).barriers('top_5')
 
+
+def test_seeds_whose_units_fit_differently_are_one_row():
+    lines = [dict(arm='imp', level=1, sparsity=s, seed=seed, share=share, valid_loss=1., psnr=30. + (share == 50)) for seed, s in enumerate([47.8, 50., 49.2]) for share in (0., 50., 100.)]
+    row, = Connectivity(pd.DataFrame(lines)).barriers('psnr', higher_is_better=False).to_dict('records')
+    assert (row['n_seeds'], row['sparsity'], row['barrier']) == (3, 49., 1.)
+    assert Connectivity(pd.DataFrame(lines)).barriers('psnr', higher_is_better=True).barrier[0] == 0

@@ -184,10 +184,11 @@ def test_killed_while_building(tmp_path):
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     assert list(cache.glob('*.tmp')) and not list(cache.glob('*.u8')) and not list(cache.glob('*.json'))
-    (cache/'of-another-size.u8.tmp').write_bytes(b'left by an older build')
+    (cache/'images-v1-96px-0123456789abcdef.u8.7-7.tmp').write_bytes(b'left by a build of another size')
+    (cache/'thesis.tmp').write_bytes(b'of somebody else')
     names, decoded = imagenette_names(folder), pixels(folder, cache)
     assert all(np.array_equal(decoded[i], square_image(folder/o, 16)) for i, o in enumerate(names))
-    assert not list(cache.glob('*.tmp'))
+    assert [f.name for f in cache.glob('*.tmp')] == ['thesis.tmp']
 
 
 @forks

@@ -3,6 +3,7 @@ import importlib
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import AccumMetric, accuracy
+from fastai.metrics import AccumMetric, accuracy, top_k_accuracy
 from filelock import Timeout
 from helpers_experiment import differences, left, of_points, points, seed_inside, state_of, store_of
 from helpers_fastai import generators_kept, small_dls, small_model
@@ -41,6 +42,9 @@ def with_a_schedule(): return small(cbs=ParamScheduler({'lr': SchedCos(1e-1, 0.)
 def that_stops_early(): return small(cbs=EarlyStoppingCallback())
 def on_a_plateau(): return small(cbs=ReduceLROnPlateau())
 def with_a_metric_called_cost(): return Learner(small_dls(3), small_model(0.), loss_func=CrossEntropyLossFlat(), metrics=AccumMetric(lambda p, y: 0., name='cost'))
+def with_two_top_k(): return Learner(small_dls(3), small_model(0.), loss_func=CrossEntropyLossFlat(), metrics=[partial(top_k_accuracy, k=1), partial(top_k_accuracy, k=2)])
+def with_a_metric_called_time(): return Learner(small_dls(3), small_model(0.), loss_func=CrossEntropyLossFlat(), metrics=AccumMetric(lambda p, y: 0., name='time'))
+def with_a_vector(): return Learner(small_dls(3), small_model(0.), loss_func=CrossEntropyLossFlat(), metrics=AccumMetric(lambda p, y: y.bincount(), name='counts', flatten=False))
 def without_a_batch():
     learn = small()
     learn.dls.train.bs, learn.dls.train.drop_last = 1000, True
@@ -48,9 +52,14 @@ def without_a_batch():
 
 
 @pytest.mark.parametrize('learner, says', [(with_a_schedule, 'ParamScheduler'), (that_stops_early, 'EarlyStoppingCallback'), (on_a_plateau, 'ReduceLROnPlateau'),
-                                           (with_a_metric_called_cost, "'cost'"), (without_a_batch, 'fill no batch of 1000')])
+                                           (with_a_metric_called_cost, "'cost'"), (with_a_metric_called_time, "'time'"), (with_two_top_k, "two metrics are called 'top_k_accuracy'"), (without_a_batch, 'fill no batch of 1000')])
 def test_what_cannot_be_cut_into_segments_is_refused(learner, says):
     with pytest.raises(ValueError, match=says): experiment(learner).plan()
+
+
+def test_a_metric_that_is_no_number_is_named(tmp_path):
+    with pytest.warns(UserWarning, match="the metric 'counts' gives a .*: must give one number"): results = experiment(with_a_vector).run(tmp_path, progress=False)
+    assert "'counts'" in results.failed[0]['reason'] and not list(tmp_path.glob('segments/*/*.pt'))
 
 
 def seeded_inside():
