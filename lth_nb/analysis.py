@@ -179,9 +179,9 @@ def difference_interval(
 
 def _differences(one, other):
     "Of two columns of a metric, which is a 32-bit number: what its rounding leaves of no difference, or of no spread, is taken out."
-    found, unit = one - other, 4*np.finfo(np.float32).eps*max(one.abs().max(), other.abs().max())
-    mean = found.mean()
-    if found.max() - found.min() < unit: found = found.mask(found.notna(), mean)
+    found, paired = one - other, (one - other).notna()
+    mean, unit = found.mean(), 4*np.finfo(np.float32).eps*max(one[paired].abs().max(), other[paired].abs().max())
+    if found.max() - found.min() < unit: found = found.mask(paired, mean)
     return found - mean if abs(mean) < unit else found
 
 def _diverged(self, wide, network):
@@ -357,12 +357,12 @@ def _say_dense(r, v):
     "Put the comparison with dense into words."
     points, bounds = ' points' if is_share(v.metric) else '', f'one-sided {v.confidence:g} % bounds {_signed(r.low)} and {_signed(r.high)}'
     found = f'{_signed(r.difference)}{points} against {_name(r.other)} in the mean of {r.n_seeds} seeds'
-    margin = f'{v.margin:g}{points[:6] if v.margin == 1 else points}'
+    margin, more = f'{v.margin:g}{points[:6] if v.margin == 1 else points}', '' if 'no finite number' in r.note else ' More seeds could tell.'
     return {'winning': f'winning: {found}; that it is worse by {margin} or more is excluded ({bounds}).',
             'matching': f'matching: {found}; that it is worse by {margin} or more is excluded ({bounds}).',
             'not worse': f'not worse than dense: {found}; that it is worse by {margin} or more is excluded ({bounds}).',
             'worse': f'worse: {found}; that it is worse by less than {margin} is excluded ({bounds}).',
-            'undecided': f'undecided: {found}; that it is worse by {margin} is neither shown nor excluded ({bounds}). More seeds could tell.',
+            'undecided': f'undecided: {found}; that it is worse by {margin} is neither shown nor excluded ({bounds}).{more}',
             'not enough seeds': f'not enough seeds: {r.n_seeds} that also have {_name(r.other)}, and a verdict needs {v.min_seeds}.'}[r.verdict]
 
 def _say_control(r, v):

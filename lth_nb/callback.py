@@ -214,9 +214,9 @@ def _begin(self:SparsifyCallback):
 def _refuse_what_cannot_be(self:SparsifyCallback):
     "Raise `ValueError` for fits that train only some epochs or some layers, and for loaders that cannot be rewound."
     if self.lth or self.reset_end: check_loaders([self.learn.dls.train])
-    other = next((cb for cb in self.learn.cbs if isinstance(cb, MaskCallback) and cb is not self), None)
-    if other and (self.lth or self.reset_end or getattr(other, 'lth', False) or getattr(other, 'reset_end', False)):
-        raise ValueError(f'the learner has another {type(other).__name__}, and a rewind puts back the whole model, whatever that one cuts: give one callback, with end_sparsity={{layer: percent}} for layers that differ')
+    both = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and not cb._finished]
+    if len(both) > 1 and any(cb.lth or cb.reset_end for cb in both):
+        raise ValueError('the learner has two of this callback, and the rewind of one puts back what the other has cut: give one, with end_sparsity={layer: percent} for layers that differ')
     if getattr(getattr(self.learn, 'skip_to_epoch', None), '_skip_to', 0):
         raise ValueError('fit(start_epoch=…) skips epochs that the plan needs: give the fit all its epochs, or start the callback with start_epoch=')
     frozen = [n for n, note in prunable(self.learn.model, self.layers, self.ignore).notes.items() if note.startswith('frozen')]
@@ -293,7 +293,9 @@ def _span(self:SparsifyCallback):
 @patch
 def after_fit(self:SparsifyCallback):
     "Note that the plan is finished; with `reset_end`, go back to the rewind point."
-    if not self._began: return # another callback has ended the fit before it began
+    if not self._began: # another callback has ended the fit before it began
+        self._ending = False
+        return
     if self._todo:
         warnings.warn(f'the fit ended with {len(self._todo)} of {len(self._fit_plan)} prunings to go: sparsity is {self.mask.sparsity:.4g} %; the next fit begins a new plan')
     elif not self._finished:

@@ -188,7 +188,7 @@ def _save_tickets(exp, run, results):
 def _file_names(arms):
     "A name for files of each arm: its letters and digits, and a number where that is another arm's, too."
     plain, found = {arm: re.sub(r'[\W_]+', '-', arm).strip('-') or 'arm' for arm in arms}, {}
-    for arm, name in plain.items(): found[arm] = next(n for n in chain([name], (f'{name}-{i}' for i in count(2))) if n not in found.values())
+    for arm, name in plain.items(): found[arm] = next(n for n in chain([name], (f'{name}-{i}' for i in count(2))) if n.lower() not in map(str.lower, found.values()))
     return found
 
 # %% ../nbs/api/11a_cli.ipynb #9ccee50b

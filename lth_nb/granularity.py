@@ -262,6 +262,6 @@ def followers(
     n_out = math.prod(seen_as.sizes[i] for i in seen_as.axis_numbers('group', 'out'))
     norm, reason = _reading_norm(calls, weight, 1 - weight.ndim)
     if any(p.shape != (n_out,) for p in norm): norm, reason = [], 'its normalisation is over more than the filters'
-    sharing = [m for m in model.modules() if getattr(m, 'weight', None) is weight] # modules that hold the same weight, each with its bias
+    sharing = [m for m in model.modules() if getattr(m, 'weight', None) is weight and layout(m, weight) == seen_as] # modules with the same filters, each with its bias
     bias = [m.bias for m in sharing if isinstance(getattr(m, 'bias', None), nn.Parameter)]
     return list(dict.fromkeys(names[id(p)] for p in bias + norm)), reason

@@ -107,7 +107,7 @@ def plot_sparsity(self:Results,
 ):
     "Draw a metric against sparsity, mean and interval; arms that are never pruned are bands."
     check_confidence(confidence)
-    wide, styles, sparsity = self.by_seed(metric), looks(self), {(r['arm'], r['level']): r['sparsity'] for r in self.rows}
+    wide, styles, sparsity = self.by_seed(metric), looks(self), self.frame.groupby(['arm', 'level']).sparsity.mean().to_dict()
     last_levels = {arm: self.level_at(arm) for arm in listify(arms) or styles}
     ax = axes_for(ax, 2.6 + .12*len(last_levels))
     for arm, last in last_levels.items():

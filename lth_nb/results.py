@@ -182,7 +182,8 @@ def _key(row): return row['arm'], row.get('level'), row.get('seed')
 
 def _parts(self):
     "What is known about each run that was joined."
-    return self.info.get('joined', [self.info])
+    if 'joined' in self.info: return self.info['joined']
+    return [self.info | (dict(seeds=sorted({r['seed'] for r in self.rows})) if 'seeds' in self.info else {})]
 
 def _target(self, row):
     "The sparsity that was asked for, where it is known; what came out differs from seed to seed where whole units are cut."
@@ -191,12 +192,13 @@ def _target(self, row):
     return levels[row['level']] if row['level'] < len(levels) else row['sparsity']
 
 def _check_origins(a, b):
-    "Raise `ValueError` where a seed's networks come from different code or data; warn where other seeds' do."
+    "Raise `ValueError` where the networks of a seed come from different code or data; warn where those of other seeds do, or the versions of libraries differ."
     for one, other in product(_parts(a), _parts(b)):
         if not ('base' in one and 'base' in other) or one['base'] == other['base']: continue
         both = sorted({r['seed'] for r in a.rows}.intersection((r['seed'] for r in b.rows), one['seeds'], other['seeds']))
-        if both: raise ValueError(f"results with different code of the recipe's function, options or data cannot be joined: they share seed {both[0]}")
-        warnings.warn("the results come from different code of the recipe's function, options or data, each for seeds of its own")
+        if one.get('versions') != other.get('versions'): warnings.warn('the results come from different versions of the libraries (results.info has them)')
+        elif both: raise ValueError(f"results with different code of the recipe's function, options, data or device cannot be joined: they share seed {both[0]}")
+        else: warnings.warn("the results come from different code of the recipe's function, options, data or device, each for seeds of its own")
 
 def _check_joins(a, b):
     "Raise `ValueError` unless two results may stand in one table."

@@ -42,10 +42,10 @@ def named_tensors(
 def _parameters(model): return {n.replace('_orig_mod.', ''): p for n, p in unwrap(model).named_parameters()}
 
 def _buffers(model):
-    "Where each buffer is kept, as (dict of a module, name in it), also those that are None; one with two names under the first."
-    found = {f'{prefix}.{n}'.lstrip('.').replace('_orig_mod.', ''): (m._buffers, n) for prefix, m in unwrap(model).named_modules() for n in m._buffers}
-    first = {id(buffers[n]): name for name, (buffers, n) in reversed(found.items())}
-    return {name: (buffers, n) for name, (buffers, n) in found.items() if buffers[n] is None or first[id(buffers[n])] == name}
+    "Where each buffer is kept, as (module, name in it), also those that are None; one with two names under the first."
+    found = {f'{prefix}.{n}'.lstrip('.').replace('_orig_mod.', ''): (m, n) for prefix, m in unwrap(model).named_modules() for n in m._buffers}
+    first = {id(m._buffers[n]): name for name, (m, n) in reversed(found.items())}
+    return {name: (m, n) for name, (m, n) in found.items() if m._buffers[n] is None or first[id(m._buffers[n])] == name}
 
 # %% ../nbs/api/04_rewind.ipynb #2652bc89
 def _own(loader): return getattr(loader, '__dict__', {})  # not its attributes: fastai's loaders pass on what their data set has
@@ -57,15 +57,19 @@ def _layers(loader):
         yield loader
         loader = _own(loader).get('loader')
 
+_generators = torch.Generator, random.Random, np.random.Generator
+
 def loader_generator(
     loader, # torch's or fastai's, also distributed or wrapped; or a generator itself
 ):
     "The generator a data loader draws its order from: torch's `generator`, also that of its sampler, fastai's `rng`, or a generator itself."
     for layer in _layers(loader):
-        if isinstance(layer, (torch.Generator, random.Random, np.random.Generator)): return layer
+        if isinstance(layer, _generators): return layer
         own = _own(layer)
-        for keeper in (own, _own(own.get('sampler')), _own(own.get('batch_sampler')), _own(_own(own.get('batch_sampler')).get('sampler'))):
-            if found := keeper.get('generator') or keeper.get('rng'): return found
+        batches = _own(own.get('batch_sampler'))
+        for keeper in (_own(own.get('sampler')), batches, _own(batches.get('sampler')), own):
+            found = next((g for g in (keeper.get('generator'), keeper.get('rng')) if isinstance(g, _generators)), None)
+            if found is not None: return found
 
 # %% ../nbs/api/04_rewind.ipynb #e71dbb77
 def _get_state(g):
@@ -124,12 +128,16 @@ def restore_optimizer(
     if check_optimizer_choice(how) == 'fresh':
         if hasattr(optimizer, 'clear_state'): optimizer.clear_state()  # fastai's, which marks parameters in its state
         else: optimizer.state.clear()
-    settings = {k: saved[k] for k in ('param_groups', 'hypers') if k in saved}
-    optimizer.load_state_dict(saved if how == 'restore' else {**optimizer.state_dict(), **settings})
+    if how != 'restore':
+        now, settings = optimizer.state_dict(), {k: saved[k] for k in ('param_groups', 'hypers') if k in saved}
+        cleared = how == 'fresh' and not hasattr(optimizer, 'clear_state') # of torch's only the state is, and nothing else that it may keep
+        saved = {**saved, 'state': now['state']} if cleared else {**now, **settings}
+    optimizer.load_state_dict(saved)
 
 def _n_params(state):
-    "The shape of an optimizer's `state_dict()`: how many groups, how many parameters."
-    return [len(g['params']) for g in state['param_groups']] if 'param_groups' in state else [len(state.get('hypers', ())), len(state['state'])]
+    "How many parameters each group has in an optimizer's `state_dict()`, or how many groups and parameters in fastai's; nothing of other objects."
+    if 'param_groups' in state: return [len(g['params']) for g in state['param_groups']]
+    return [len(state['hypers']), len(state['state'])] if 'hypers' in state else []
 
 # %% ../nbs/api/04_rewind.ipynb #fc678247
 @dataclass(frozen=True)
@@ -147,8 +155,7 @@ def _with_extra(model):
 def _restore_buffer(buffers, name, saved):
     "Put a buffer's values back in place, where it is a tensor as it was; else make it what it was."
     now = buffers[name]
-    if saved is None: buffers[name] = None
-    elif now is None: buffers[name] = saved.clone()
+    if now is None: buffers[name] = saved.clone()
     elif now.shape == saved.shape and 0 not in now.stride(): now.copy_(saved)
     else: buffers[name] = saved.clone().to(now.device)
 
@@ -157,26 +164,33 @@ class ModelState:
     "Every parameter and buffer of a model, and the extra state of modules that have one."
     tensors: dict
     extra: dict
+    empty: tuple|None = None # names of the buffers that were None; None where that is not known, as in a file
 
     @classmethod
     def take(cls, model):
         "Copy a model's state, under its plain names."
         extra = {n: deepcopy(m.get_extra_state()) for n, m in _with_extra(unwrap(model)).items()}
-        return cls({n: t.detach().clone() for n, t in named_tensors(model).items()}, extra)
+        empty = tuple(n for n, (m, name) in _buffers(model).items() if m._buffers[name] is None)
+        return cls({n: t.detach().clone() for n, t in named_tensors(model).items()}, extra, empty)
 
     def check(self, model):
         "Raise `ValueError` unless this is the state of such a model."
+        lasting = [n for n, (m, name) in _buffers(model).items() if m._buffers[name] is not None and name not in m._non_persistent_buffers_set]
+        for n in [*_parameters(model), *lasting]:
+            if n not in self.tensors and n not in (self.empty or ()): raise ValueError(f'{n} is not in the rewind point: it was taken from another model')
         for n, t in _parameters(model).items():
-            if n not in self.tensors: raise ValueError(f'{n} is not in the rewind point: it was taken from another model')
             if t.shape != self.tensors[n].shape: raise ValueError(f'{n} has shape {tuple(t.shape)}, and {tuple(self.tensors[n].shape)} in the rewind point')
         for n in _with_extra(unwrap(model)):
             if n not in self.extra: raise ValueError(f'the extra state of {n or "the model"} is not in the rewind point: it was taken from another model')
 
     @torch.no_grad()
     def restore(self, model):
-        "Copy the state back; a buffer that was not there, or had another shape, becomes what it was."
+        "Copy the state back. A buffer becomes what it was: of another shape, None, or nothing at all."
         for n, p in _parameters(model).items(): p.copy_(self.tensors[n])
-        for n, (buffers, name) in _buffers(model).items(): _restore_buffer(buffers, name, self.tensors.get(n))
+        for n, (m, name) in _buffers(model).items():
+            if n in self.tensors: _restore_buffer(m._buffers, name, self.tensors[n])
+            elif self.empty is not None and n in self.empty: m._buffers[name] = None
+            elif self.empty is not None: del m._buffers[name]
         for n, m in _with_extra(unwrap(model)).items(): m.set_extra_state(deepcopy(self.extra[n]))
 
 # %% ../nbs/api/04_rewind.ipynb #6baa7737
@@ -229,9 +243,8 @@ def check(self:RewindPoint, model, optimizer=None, how='fresh', copies=(), other
         if len(given) != len(taken): raise ValueError(f'{name} has {len(given)} entries, and the rewind point was taken with {len(taken)}: give the same')
     if optimizer is not None and self.optimizer is None:
         raise ValueError('the optimizer is not in the rewind point: attach it before the point is taken')
-    trainers = [(o, s) for o, s in ((optimizer, self.optimizer), *zip(others, self.others)) if hasattr(o, 'param_groups') or hasattr(o, 'hypers')]
-    for o, saved in trainers:
-        if _n_params(o.state_dict()) != _n_params(saved): raise ValueError('the optimizer has other groups of parameters than when the rewind point was taken: take the point again, or make the optimizer with all of them at first')
+    for o, saved in ((optimizer, self.optimizer), *zip(others, self.others)):
+        if o is not None and _n_params(o.state_dict()) != _n_params(saved): raise ValueError('the optimizer has other groups of parameters than when the rewind point was taken: take the point again, or make the optimizer with all of them at first')
     self.model.check(model)
     for copy, (state, _) in zip(copies, self.copies): state.check(copy)
 

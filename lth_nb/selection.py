@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from .rewind import unwrap
 
@@ -99,7 +98,7 @@ def prunable(
         elif id(p) in seen: notes[n] = f'tied to {seen[id(p)]}, and counted there'
         else: weights[n], modules[n], seen[id(p)] = p, m, n
     for prefix, m in unwrap(model).named_modules():
-        if isinstance(m, _prunable_types) and (is_parametrized(m) or _computed(m)) and not any(m is o for o in modules.values()):
-            notes[prefix] = 'not cut, since its weight is computed from others (parametrized, or by weight_norm, spectral_norm or prune)'
+        for n in [*_computed(m), *getattr(m, 'parametrizations', ())] if isinstance(m, _prunable_types) else ():
+            if 'weight' in n: notes[f'{prefix}.{n}'.lstrip('.')] = 'not cut, since it is computed from others (parametrized, or by weight_norm, spectral_norm or prune)'
     if not weights: raise ValueError(f'layers={layers!r} and ignore={ignore!r} leave no weight to cut')
     return Selection(weights, modules, notes)

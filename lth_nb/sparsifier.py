@@ -9,11 +9,11 @@ __all__ = ['check_context', 'per_name', 'Sparsifier', 'refuse_empty', 'Report']
 
 # %% ../nbs/api/05_sparsifier.ipynb #dab27ebc
 import math
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,8 @@ class Sparsifier:
         self.rates = _check_rates(per_name(rates or {}, self.selection, 'rates'))
         if len(self.rates) == len(self.weights): raise ValueError('rates names every layer: at least one must set the pace for the others')
         if seed is None and 'uniform' in self.criterion.needs: seed = _drawn_seed()
-        self.seed = seed if seed is None else operator.index(seed)
+        if not isinstance(seed, (Integral, type(None))): raise ValueError(f'seed={seed!r} is not a whole number')
+        self.seed = seed if seed is None else int(seed)
         self.initial = {n: w.detach().clone() for n, w in self.weights.items()} if {'initial', 'previous'} & {*self.criterion.needs} else None
         self.previous, self.optimizer, self.copies, self.others, self.loaders, self._handles, self._copied = None, None, (), (), (), [], []
         self._find_followers(batch)
@@ -131,8 +132,6 @@ def set_mask(self:Sparsifier,
         if t.shape != self.tensors[n].shape: raise ValueError(f'the mask of {n} has shape {tuple(t.shape)}, the weight {tuple(self.tensors[n].shape)}')
     missing = [n for n in self.weights if n not in mask]
     if missing: raise ValueError(f'the mask lacks {missing[0]}, which is among the weights of this sparsifier')
-    torn = next((n for n, u in self.units.items() if u.unit_size > 1 and u.reduce(mask[n].float()).frac().any()), None)
-    if torn: raise ValueError(f"the mask cuts parts of what granularity={self.granularity!r} cuts as one, in {torn}: give granularity='weight', or a mask of whole units")
     whole = {n: torch.ones_like(t, dtype=torch.bool) for n, t in self.tensors.items() if n not in mask}  # followers that an older mask knew nothing of
     placed = {n: t.to(self.tensors[n].device) for n, t in mask.items()}
     self.mask, self._bits = (mask if not whole and all(placed[n] is mask[n] for n in mask) else Mask({**placed, **whole}, set(self.tensors) - set(self.weights))), {}
@@ -180,10 +179,18 @@ def _scores(self:Sparsifier, name, alive):
     return scores(self.criterion, self.units[name], {n: t for n, t in inputs.items() if t is not None}, f'{self.seed}/{name}')
 
 @patch
+def _kept_units(self:Sparsifier, name):
+    "Which units the mask keeps; `ValueError` where it keeps a part of one."
+    kept = self.units[name].reduce(self.mask[name].float()) > 0
+    if not torch.equal(self.units[name].expand(kept), self.mask[name].reshape(-1)):
+        raise ValueError(f"the mask cuts parts of what granularity={self.granularity!r} cuts as one, in {name}: prune on with granularity='weight'")
+    return kept
+
+@patch
 def _cut_group(self:Sparsifier, names, n_cut):
     "Choose in one group; bool tensors of the weights' shapes."
     touched = [n for n in names if self.mask.kept_in(n) < self.mask[n].numel()]
-    kept = {n: self.mask[n] if self.units[n].unit_size == 1 else self.units[n].reduce(self.mask[n].float()) > 0 for n in touched}
+    kept = {n: self.mask[n] if self.units[n].unit_size == 1 else self._kept_units(n) for n in touched}
     alive = n_cut < sum(self.mask[n].numel() - self.mask.kept_in(n) for n in names)
     chosen = cut_lowest({n: self._scores(n, alive) for n in names}, n_cut, kept)
     return {n: self.units[n].expand(k).reshape(self.weights[n].shape) for n, k in chosen.items()}

@@ -157,7 +157,9 @@ def test_a_seed_is_not_put_together_from_different_code_or_data():
     results = example()
     a, b = (replace(results, info=results.info | dict(base=base, seeds=list(range(5)))) for base in 'xy')
     with pytest.raises(ValueError, match='different code .* they share seed 0'): a.only(['dense', 'imp']) + b.only('reinit')
+    with pytest.warns(UserWarning, match='different versions'): a.only(['dense', 'imp']) + replace(b, info=b.info | dict(versions=dict(torch='9'))).only('reinit')
     with pytest.warns(UserWarning, match='different code'): assert len((a.only(seeds=[0, 1]) + b.only(seeds=[2, 3, 4])).rows) == len(results.rows)
+    with pytest.warns(UserWarning, match='different code'): a.only(seeds=[0, 1]) + b.only(['dense', 'imp'], seeds=[2, 3]) + b.only('reinit', seeds=[2, 3])
     assert len((a.only('dense') + results.only('imp')).rows) == 20 # written when results did not name it
 
 
@@ -258,7 +260,7 @@ def test_what_diverged_is_not_left_out_of_a_verdict():
     assert list(whole.verdict().frame.verdict) == ['winning', 'better']
     found = lost.verdict()
     assert list(found.frame.verdict) == ['undecided', 'no difference shown'] and found.frame[['low', 'high']].isna().all(axis=None) and (found.frame.n_seeds == 4).all() and found.frame.difference.min() > 1
-    assert 'bounds – and –' in found.lines[0][1] and 'With `dense`: imp has no finite number in seed 3.' in found.lines[0][1]
+    assert 'bounds – and –' in found.lines[0][1] and 'More seeds' not in found.lines[0][1] and 'More seeds' in made({('dense', 0): dense, ('imp', 1): dense[::-1]}).verdict(.1).lines[0][1] and 'With `dense`: imp has no finite number in seed 3.' in found.lines[0][1]
     missing = made({('dense', 0): dense, ('imp', 1): [.92, .94, .91, None, .93]}) # not run: that says nothing of the ticket
     assert missing.verdict().frame.verdict[0] == 'winning'
 
@@ -278,6 +280,15 @@ def test_what_rounding_leaves_of_nothing_is_nothing():
     a, b = np.float32([61/100, 62/100, 60/100]).astype(float), np.float32([60/100, 61/100, 62/100]).astype(float)
     row = made({('imp', 1): a, ('dense', 0): b}).compare('imp', 'dense').iloc[0]
     assert abs(row.difference) < 1e-12 and row.low == -row.high
+
+
+@pytest.mark.parametrize('none', [None, math.nan])
+def test_an_outlier_without_a_pair_hides_nothing(none):
+    dense, imp = [.30, .31, .29, 1e6], [.50, .52, .51, none]
+    rows = [network(arm, level, seed, .5, valid_loss=v) for arm, level, values in (('dense', 0, dense), ('imp', 1, imp)) for seed, v in enumerate(values) if v is not None]
+    rows = [r | dict(valid_loss=v) for r, v in zip(rows, [*dense, *(v for v in imp if v is not None)])]
+    found = Results(tuple(rows)).compare('imp', 'dense', metric='valid_loss')
+    assert found.difference[0] == pytest.approx(.21) and found.low[0] > 0
 
 
 def test_a_comparison_without_a_number_counts_among_the_corrections():

@@ -286,8 +286,8 @@ def test_a_share_for_a_percentage_is_warned_of(here):
 
 
 def test_every_arm_has_files_of_its_own():
-    names = _file_names(['imp → epoch 1', 'a b', 'a-b', 'a_b', 'билет', '→'])
-    assert list(names.values()) == ['imp-epoch-1', 'a-b', 'a-b-2', 'a-b-3', 'билет', 'arm']
+    names = _file_names(['imp → epoch 1', 'a b', 'a-b', 'A_B', 'билет', '→'])
+    assert list(names.values()) == ['imp-epoch-1', 'a-b', 'a-b-2', 'A-B-3', 'билет', 'arm']
 
 
 # status, report

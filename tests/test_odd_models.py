@@ -1,4 +1,6 @@
 "Models, loaders and optimizers that are not the usual ones: pruned and rewound like those, or refused before anything is lost."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -78,11 +80,12 @@ def test_what_is_ignored_is_not_cut_under_its_other_name(choice):
 def test_a_mask_that_tears_units_is_refused(granularity):
     model = nn.Sequential(nn.Linear(10, 10))
     torn, whole = Mask({'0.weight': torch.rand(10, 10) > .5}), Mask({'0.weight': (torch.arange(10) > 4).expand(10, 10) if granularity == 'column' else (torch.arange(10) > 4)[:, None].expand(10, 10)})
-    with pytest.raises(ValueError, match='cuts parts of what granularity'): Sparsifier(model, granularity, 'local', mask=torn)
+    with pytest.raises(ValueError, match='cuts parts of what granularity'): Sparsifier(model, granularity, 'local', mask=torn).prune(70)
     sparsifier = Sparsifier(model, granularity, 'local', mask=whole)
     sparsifier.prune(70)
     assert not (sparsifier.mask['0.weight'] & ~whole['0.weight']).any() and sparsifier.mask.n_kept == 30
-    Sparsifier(model, mask=torn) # weight by weight
+    assert Sparsifier(model, granularity, 'local', mask=torn).mask == torn # to hold it is no harm
+    Sparsifier(model, mask=torn).prune(70) # nor to go on weight by weight
 
 
 def test_an_empty_weight_is_left_out():
@@ -99,7 +102,9 @@ def test_a_weight_that_is_cut_is_not_said_to_be_spared():
             self.scale = torch.tensor(2.)
     assert prunable(nn.Sequential(Scaled(4, 4))).notes == {}
     computed = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
-    assert list(prunable(computed).notes) == ['0']
+    assert list(prunable(computed).notes) == ['0.weight']
+    partly = nn.Sequential(nn.utils.weight_norm(nn.LSTM(4, 4), 'weight_hh_l0'))
+    assert list(prunable(partly).weights) == ['0.weight_ih_l0'] and list(prunable(partly).notes) == ['0.weight_hh_l0']
 
 
 def test_heads_that_share_their_filters_are_silent_together():
@@ -116,6 +121,15 @@ def test_heads_that_share_their_filters_are_silent_together():
     assert silent.sum() == 4 and not model(x)[:, silent].any()
 
 
+def test_a_decoder_that_shares_its_encoders_filters_keeps_its_bias():
+    encoder, decoder = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 3, 3)
+    decoder.weight = encoder.weight
+    model, x = nn.Sequential(encoder, decoder), torch.randn(2, 3, 8, 8)
+    sparsifier = Sparsifier(model, 'filter', layers=nn.Conv2d, batch=x)
+    sparsifier.prune(50)
+    assert sparsifier.followers == {'0.weight': ['0.bias']} and decoder.bias.all()
+
+
 # ------------------------------------------------------------------ what is rewound
 
 class Caching(nn.Module):
@@ -127,6 +141,7 @@ class Caching(nn.Module):
         self.register_buffer('grows', torch.zeros(1))
         self.register_buffer('expanded', torch.ones(1).expand(4))
     def forward(self, x):
+        if not hasattr(self, 'late'): self.register_buffer('late', torch.ones(2), persistent=False)
         self.first = torch.ones(3)
         self.grows = torch.zeros(len(self.grows) + 1)
         return self.linear(x)
@@ -140,9 +155,13 @@ def test_buffers_that_training_makes_are_gone_after_a_rewind():
     filled = RewindPoint.take(model)
     with torch.no_grad(): model.linear.weight.zero_()
     point.restore(model)
-    assert model.first is None and model.grows.shape == (1,) and torch.equal(model.linear.weight, weight) and torch.equal(model.expanded, torch.ones(4))
+    assert model.first is None and not hasattr(model, 'late') and model.grows.shape == (1,) and torch.equal(model.linear.weight, weight) and torch.equal(model.expanded, torch.ones(4))
     filled.restore(model)
     assert model.first.shape == (3,) and model.grows.shape == (2,)
+    replace(filled, model=replace(filled.model, tensors={n: t for n, t in filled.model.tensors.items() if n != 'first'}, empty=None)).restore(model)
+    assert model.first.shape == (3,) # what a file does not tell of is left alone
+    model.register_buffer('more', torch.zeros(2))
+    with pytest.raises(ValueError, match='more is not in the rewind point'): filled.restore(model)
 
 
 def test_a_ticket_of_a_model_that_caches_is_found():
@@ -158,6 +177,22 @@ def test_a_buffer_with_two_names_is_rewound_under_both():
     model.a.running_mean.fill_(5)
     point.restore(model)
     assert model.b.running_mean is model.a.running_mean and not model.a.running_mean.any()
+
+
+def test_generators_that_cannot_be_rewound_are_left_alone():
+    class Own(RandomSampler):
+        def __init__(self, data): super().__init__(data); self.rng = np.random.RandomState(0)
+    data, model = torch.arange(8.), nn.Linear(2, 2)
+    RewindPoint.take(model, loaders=[loader := DataLoader(data, 4, sampler=Own(data))]).restore(model, loaders=[loader])
+
+
+def test_the_sampler_orders_and_not_the_loader():
+    data, model = torch.arange(32.), nn.Linear(2, 2)
+    loader = DataLoader(data, 4, sampler=RandomSampler(data, generator=torch.Generator().manual_seed(3)), generator=torch.Generator().manual_seed(4))
+    point = RewindPoint.take(model, loaders=[loader])
+    first = torch.cat(list(loader))
+    point.restore(model, loaders=[loader])
+    assert torch.equal(first, torch.cat(list(loader)))
 
 
 @pytest.mark.parametrize('made', [dict(sampler=lambda d, g: RandomSampler(d, generator=g), batch_size=4),
@@ -213,16 +248,45 @@ def test_what_an_optimizer_keeps_beside_its_state_is_fresh_too():
     assert counts[1, 0] == 4 and counts[3, 0] == 0
 
 
+class Counting(torch.optim.SGD):
+    "Keeps a count of its steps beside its state."
+    n = 0
+    def step(self, closure=None):
+        self.n += 1
+        return super().step(closure)
+    def state_dict(self): return {**super().state_dict(), 'n': self.n}
+    def load_state_dict(self, state): self.n = state['n']; super().load_state_dict({k: v for k, v in state.items() if k != 'n'})
+
+
+@pytest.mark.parametrize('how, n', [('fresh', 1), ('restore', 1), ('keep', 6)])
+def test_what_a_torch_optimizer_keeps_is_no_more_trained_than_the_point(how, n):
+    model = nn.Linear(4, 2)
+    optimizer = Counting(model.parameters(), .1, momentum=.9)
+    step(model, optimizer)
+    point = RewindPoint.take(model, optimizer)
+    for _ in range(5): step(model, optimizer)
+    point.restore(model, optimizer, how)
+    assert optimizer.n == n
+
+
 # ------------------------------------------------------------------ refused, or ended, before training
 
 def test_two_callbacks_do_not_undo_each_other():
     def one(layer, **kwargs): return SparsifyCallback(50, layers=layer, schedule=iterative, start_epoch=1, **kwargs)
-    with pytest.raises(ValueError, match='another SparsifyCallback'): fit(learner(), 3, one('0.weight', lth=True), one('4.weight', lth=True))
-    learn = learner()
-    with pytest.raises(ValueError, match='another MaskCallback'): fit(learn, 3, one('0.weight', lth=True), MaskCallback(Sparsifier(learn.model)))
+    with pytest.raises(ValueError, match='two of this callback'): fit(learner(), 3, one('0.weight', lth=True), one('4.weight'))
     learn = learner()
     fit(learn, 4, a := one('0.weight'), b := one('4.weight')) # without rewinding they go together
     assert a.mask.sparsity == b.mask.sparsity == 50 and all(not learn.model.get_parameter(n)[~m].any() for c in (a, b) for n, m in c.mask.items())
+
+
+def test_a_mask_that_is_held_stays_through_the_rewinds_of_another():
+    learn = learner()
+    held = Sparsifier(learn.model, layers='4.weight')
+    held.prune(50)
+    fit(learn, 3, MaskCallback(held), ticket := SparsifyCallback(50, layers='0.weight', start_epoch=1, schedule=one_shot, lth=True, reset_end=True))
+    fit(learn, 2, ticket, other := SparsifyCallback(75, layers='4.weight', start_epoch=1, schedule=one_shot)) # finished, it only holds
+    assert held.mask.sparsity == ticket.mask.sparsity == 50 and other.mask.sparsity == 75
+    assert all(not learn.model.get_parameter(n)[~m].any() for mask in (held.mask, ticket.mask, other.mask) for n, m in mask.items())
 
 
 def test_a_schedule_that_asks_for_too_much_is_refused_by_the_plan():
@@ -237,6 +301,7 @@ class Enough(Callback):
 def test_a_fit_that_ends_before_it_begins_ends_quietly():
     learn, callback = learner(), SparsifyCallback(50, schedule=one_shot, start_epoch=1, lth=True, reset_end=True)
     fit(learn, 2, Enough(), callback)
+    assert callback.order == 55 # before the progress bar writes its header
     fit(learn, 2, callback)
     trained = learn.model[0].weight.detach().clone()
     fit(learn, 2, Enough(), callback)
@@ -253,4 +318,5 @@ def test_units_that_cannot_be_cut_to_nothing_are_not_refused():
 def test_a_seed_may_be_numpys(tmp_path):
     learn = learner()
     fit(learn, 2, callback := SparsifyCallback(50, schedule=one_shot, start_epoch=1, lth=True, seed=np.int64(3)))
+    with pytest.raises(ValueError, match='seed=3.0 is not a whole number'): Sparsifier(learn.model, seed=3.)
     assert Ticket.load(Ticket.from_callback(callback).save(tmp_path/'t.safetensors')).mask == callback.mask

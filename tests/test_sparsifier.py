@@ -518,7 +518,7 @@ def test_frozen_weights_are_left_out_and_named():
 def test_parametrized_weights_are_left_out_and_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     chosen = prunable(model)
-    assert list(chosen.weights) == ['0.weight'] and 'parametrized' in chosen.notes['1']
+    assert list(chosen.weights) == ['0.weight'] and 'parametrized' in chosen.notes['1.weight']
 
 
 class Mixed(nn.Module):
@@ -673,7 +673,7 @@ def test_weights_that_are_computed_from_others_are_left_out(norm, layers):
     net = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 4, 3))
     net(torch.randn(1, 3, 8, 8))
     sp = Sparsifier(net, layers=layers).prune(50)
-    assert list(sp.weights) == ['1.weight'] and 'computed from others' in sp.report().notes['0']
+    assert list(sp.weights) == ['1.weight'] and 'computed from others' in sp.report().notes['0.weight']
 
 
 # ------------------------------------------------------------------ what a user forgets
