@@ -62,9 +62,9 @@ def done(part):
 
 
 def seeds_left(part):
-    "The seeds of a part that are still to run."
-    there = done(part)
-    return [s for s in PARTS[part].seeds if there is None or s not in {r['seed'] for r in there.rows}]
+    "The seeds of a part of which an arm is still to run."
+    there = {(r['arm'], r['seed']) for r in (found.rows if (found := done(part)) else ())}
+    return [s for s in PARTS[part].seeds if not there.issuperset((a.name, s) for a in PARTS[part].arms)]
 
 
 def run(part, seeds, n_jobs):
