@@ -200,6 +200,7 @@ def _check_origins(a, b):
         elif both: raise ValueError(f"results with different code of the recipe's function, options, data or device cannot be joined: they share seed {both[0]}")
         else: warnings.warn("the results come from different code of the recipe's function, options, data or device, each for seeds of its own")
 
+# %% ../nbs/api/09c_results.ipynb #9936faa4
 def _check_joins(a, b):
     "Raise `ValueError` unless two results may stand in one table."
     for k in ('recipe', 'pruning'):

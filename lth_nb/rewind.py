@@ -159,6 +159,7 @@ def _restore_buffer(buffers, name, saved):
     elif now.shape == saved.shape and 0 not in now.stride(): now.copy_(saved)
     else: buffers[name] = saved.clone().to(now.device)
 
+# %% ../nbs/api/04_rewind.ipynb #09e4d974
 @dataclass(frozen=True)
 class ModelState:
     "Every parameter and buffer of a model, and the extra state of modules that have one."
@@ -173,25 +174,28 @@ class ModelState:
         empty = tuple(n for n, (m, name) in _buffers(model).items() if m._buffers[name] is None)
         return cls({n: t.detach().clone() for n, t in named_tensors(model).items()}, extra, empty)
 
-    def check(self, model):
-        "Raise `ValueError` unless this is the state of such a model."
-        lasting = [n for n, (m, name) in _buffers(model).items() if m._buffers[name] is not None and name not in m._non_persistent_buffers_set]
-        for n in [*_parameters(model), *lasting]:
-            if n not in self.tensors and n not in (self.empty or ()): raise ValueError(f'{n} is not in the rewind point: it was taken from another model')
-        for n, t in _parameters(model).items():
-            if t.shape != self.tensors[n].shape: raise ValueError(f'{n} has shape {tuple(t.shape)}, and {tuple(self.tensors[n].shape)} in the rewind point')
-        for n in _with_extra(unwrap(model)):
-            if n not in self.extra: raise ValueError(f'the extra state of {n or "the model"} is not in the rewind point: it was taken from another model')
+# %% ../nbs/api/04_rewind.ipynb #3c667adb
+@patch
+def check(self:ModelState, model):
+    "Raise `ValueError` unless this is the state of such a model."
+    lasting = [n for n, (m, name) in _buffers(model).items() if m._buffers[name] is not None and name not in m._non_persistent_buffers_set]
+    for n in [*_parameters(model), *lasting]:
+        if n not in self.tensors and n not in (self.empty or ()): raise ValueError(f'{n} is not in the rewind point: it was taken from another model')
+    for n, t in _parameters(model).items():
+        if t.shape != self.tensors[n].shape: raise ValueError(f'{n} has shape {tuple(t.shape)}, and {tuple(self.tensors[n].shape)} in the rewind point')
+    for n in _with_extra(unwrap(model)):
+        if n not in self.extra: raise ValueError(f'the extra state of {n or "the model"} is not in the rewind point: it was taken from another model')
 
-    @torch.no_grad()
-    def restore(self, model):
-        "Copy the state back. A buffer becomes what it was: of another shape, None, or nothing at all."
-        for n, p in _parameters(model).items(): p.copy_(self.tensors[n])
-        for n, (m, name) in _buffers(model).items():
-            if n in self.tensors: _restore_buffer(m._buffers, name, self.tensors[n])
-            elif self.empty is not None and n in self.empty: m._buffers[name] = None
-            elif self.empty is not None: del m._buffers[name]
-        for n, m in _with_extra(unwrap(model)).items(): m.set_extra_state(deepcopy(self.extra[n]))
+@patch
+@torch.no_grad()
+def restore(self:ModelState, model):
+    "Copy the state back. A buffer becomes what it was: of another shape, None, or nothing at all."
+    for n, p in _parameters(model).items(): p.copy_(self.tensors[n])
+    for n, (m, name) in _buffers(model).items():
+        if n in self.tensors: _restore_buffer(m._buffers, name, self.tensors[n])
+        elif self.empty is not None and n in self.empty: m._buffers[name] = None
+        elif self.empty is not None: del m._buffers[name]
+    for n, m in _with_extra(unwrap(model)).items(): m.set_extra_state(deepcopy(self.extra[n]))
 
 # %% ../nbs/api/04_rewind.ipynb #6baa7737
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ def _drawn_seed():
     if _distributed(): dist.broadcast_object_list(seed, src=0)
     return seed[0]
 
+def _seed_for(criterion, seed):
+    "The seed that is given, or one that is drawn if the criterion needs it."
+    if seed is None: return _drawn_seed() if 'uniform' in criterion.needs else None
+    if not isinstance(seed, Integral): raise ValueError(f'seed={seed!r} is not a whole number')
+    return int(seed)
+
 # %% ../nbs/api/05_sparsifier.ipynb #1672d85e
 class Sparsifier:
     "Cut the lowest weights of a model, and hold them at zero."
@@ -85,9 +91,7 @@ class Sparsifier:
         self.units = {n: units(granularity, m, self.weights[n], n) for n, m in self.selection.modules.items()}
         self.rates = _check_rates(per_name(rates or {}, self.selection, 'rates'))
         if len(self.rates) == len(self.weights): raise ValueError('rates names every layer: at least one must set the pace for the others')
-        if seed is None and 'uniform' in self.criterion.needs: seed = _drawn_seed()
-        if not isinstance(seed, (Integral, type(None))): raise ValueError(f'seed={seed!r} is not a whole number')
-        self.seed = seed if seed is None else int(seed)
+        self.seed = _seed_for(self.criterion, seed)
         self.initial = {n: w.detach().clone() for n, w in self.weights.items()} if {'initial', 'previous'} & {*self.criterion.needs} else None
         self.previous, self.optimizer, self.copies, self.others, self.loaders, self._handles, self._copied = None, None, (), (), (), [], []
         self._find_followers(batch)

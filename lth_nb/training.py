@@ -207,6 +207,7 @@ def validated(
     with learn.no_bar(), learn.no_logging(), learn.removed_cbs(onlookers): values = learn.validate(**how)
     return _numbers(dict(zip(['valid_loss', *learn.metrics.attrgot('name')], values)))
 
+# %% ../nbs/api/09e_training.ipynb #862c7a14
 class _Counting(Callback):
     "Let some layers count while the rest is validated."
     def __init__(self, norms): self.norms = norms
