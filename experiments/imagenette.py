@@ -63,7 +63,8 @@ def done(part):
 
 def seeds_left(part):
     "The seeds of a part of which an arm is still to run."
-    there = {(r['arm'], r['seed']) for r in (found.rows if (found := done(part)) else ())}
+    found = done(part)
+    there = {(r['arm'], r['seed']) for r in found.rows} if found else set()
     return [s for s in PARTS[part].seeds if not there.issuperset((a.name, s) for a in PARTS[part].arms)]
 
 

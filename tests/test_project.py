@@ -71,3 +71,15 @@ def test_the_wheel_says_what_settings_say(tmp_path):
 def test_the_version_stands_in_both_places():
     import lth_nb
     assert f'version = {lth_nb.__version__}\n' in (ROOT/'settings.ini').read_text()
+
+
+def test_a_seed_of_which_an_arm_is_missing_is_still_to_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/'experiments'))
+    import imagenette
+    from lth_nb.results import Results
+    whole = Results.load(imagenette.HERE/'blog').only(seeds=[0, 1])
+    names = [a.name for a in imagenette.PARTS['blog'].arms]
+    monkeypatch.setattr(imagenette, 'done', lambda part: whole.only(names[:-1], seeds=1) + whole.only(seeds=0))
+    assert imagenette.seeds_left('blog') == [1, 2, 3, 4]
+    monkeypatch.setattr(imagenette, 'done', lambda part: None)
+    assert imagenette.seeds_left('blog') == [0, 1, 2, 3, 4]
