@@ -61,16 +61,21 @@ def done(part):
     return Results.load(HERE/part) if (HERE/part/'results.json').exists() else None
 
 
-def seeds_left(part):
-    "The seeds of a part of which an arm is still to run."
+def arms_left(part, seeds):
+    "The arms of a part that are still to run for one of the seeds."
     found = done(part)
     there = {(r['arm'], r['seed']) for r in found.rows} if found else set()
-    return [s for s in PARTS[part].seeds if not there.issuperset((a.name, s) for a in PARTS[part].arms)]
+    return [a for a in PARTS[part].arms if any((a.name, s) not in there for s in seeds)]
+
+
+def seeds_left(part):
+    "The seeds of a part of which an arm is still to run."
+    return [s for s in PARTS[part].seeds if arms_left(part, [s])]
 
 
 def run(part, seeds, n_jobs):
-    "Run seeds of a part, and put their results with those of the others."
-    found = replace(PARTS[part], seeds=seeds).run('runs/imagenette', n_jobs)
+    "Run what seeds of a part still lack, and put it with the results that are there."
+    found = replace(PARTS[part], arms=arms_left(part, seeds), seeds=seeds).run('runs/imagenette', n_jobs)
     if found.failed: raise SystemExit(f'{part}, seeds {seeds}: {found.failed}')
     there = done(part)
     (there + found if there else found).save(HERE/part)

@@ -81,5 +81,7 @@ def test_a_seed_of_which_an_arm_is_missing_is_still_to_run(monkeypatch):
     names = [a.name for a in imagenette.PARTS['blog'].arms]
     monkeypatch.setattr(imagenette, 'done', lambda part: whole.only(names[:-1], seeds=1) + whole.only(seeds=0))
     assert imagenette.seeds_left('blog') == [1, 2, 3, 4]
+    assert [a.name for a in imagenette.arms_left('blog', [0, 1])] == names[-1:]
+    assert [a.name for a in imagenette.arms_left('blog', [0, 4])] == names
     monkeypatch.setattr(imagenette, 'done', lambda part: None)
     assert imagenette.seeds_left('blog') == [0, 1, 2, 3, 4]
