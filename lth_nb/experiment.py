@@ -220,13 +220,15 @@ def _depends_on(store, segment, failed):
     return segment in failed or any(_depends_on(store, s.segment, failed) for s in store.needs(segment) if not store.has(s))
 
 def _wave(store, exp, failed, n_jobs):
-    "The segments to train now, with their positions; None when nothing is left. What others wait for comes first, and no further than they need, as long as it keeps all workers busy."
+    "The segments to train now, with their positions; None when nothing is left. What others wait for comes first, and no further than they need, with as much of the rest as keeps all workers busy."
     todo = store.todo(exp.networks.values())
     todo = {s: b for s, b in todo.items() if not _depends_on(store, s, failed)}
     ready = {s: b for s, b in todo.items() if all(store.has(n) for n in store.needs(s))}
     awaited = {n for s in todo for n in store.needs(s) if not store.has(n)}
     first = {s: known for s, b in ready.items() if (known := [at for at in b if State(s, at) in awaited])}
-    return (first if len(first) >= joblib.effective_n_jobs(n_jobs) else ready | first) or None
+    rest = sorted((s for s in ready if s not in first), key=lambda s: ready[s][-1] - s.begin) # a wave takes as long as its longest
+    n_rest = -len(first) % joblib.effective_n_jobs(n_jobs) if first else len(rest)
+    return first | {s: ready[s] for s in rest[:n_rest]} or None
 
 # %% ../nbs/api/09f_experiment.ipynb #285897bf
 def _train_wave(wave, attempt, n_jobs, store, *how):

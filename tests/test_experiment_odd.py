@@ -3,6 +3,7 @@ import importlib
 import os
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from lth_nb.callback import SparsifyCallback
 from lth_nb.fitting import Seeded
 from lth_nb.experiment import Experiment, _wave
 from lth_nb.recipe import Recipe
-from lth_nb.schedule import one_shot
+from lth_nb.schedule import iterative, one_shot
 from lth_nb.ticket import Ticket
 
 
@@ -230,6 +231,18 @@ def test_what_others_wait_for_is_trained_first_and_no_further(tmp_path):
     assert [list(b) for b in first.values()] == [[end]] == [list(b) for b in more.values()]
     done = exp.run(tmp_path, progress=False)
     assert not done.failed and [r['cost'] for r in done.rows] == [1, 2, 2]
+
+
+@pytest.mark.parametrize('n_jobs, size', [(1, 3), (2, 4), (3, 3), (4, 4), (9, 5)])
+def test_a_wave_is_filled_up_so_that_no_worker_waits(n_jobs, size, tmp_path):
+    "With three tickets that others wait for and two workers, one would be idle in the second half; the short control takes its turn, and the long training waits."
+    t = imp(name='t')
+    exp = Experiment(of_points(2), [dense(), t, imp(optimizer='keep', name='kept'), finetune(of=t), reinit(of=t, levels='all'), dense_long(of=t)], iterative, 50, (0,))
+    store = store_of(exp, tmp_path)
+    replace(exp, arms=[dense()]).run(tmp_path, progress=False)
+    wave = list(_wave(store, exp, {}, n_jobs))
+    arms = {s.segment: a.name for (a, level, _), s in exp.networks.items() if level < 2}
+    assert len(wave) == size and 'reinit of t' not in [arms[s] for s in wave[:3]] and [arms[s] for s in wave[3:]] == ['reinit of t', 'dense'][:size - 3]
 
 
 # ------------------------------------------------------------------ what a user should be told
