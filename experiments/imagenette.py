@@ -8,7 +8,8 @@ A seed's results go to experiments/imagenette/<part>/ when it is done and are no
 a run that was stopped goes on. Recipes and questions were fixed before the first run, with these exceptions: that the post trains on mirrored and
 cropped images, which its text does not say and its notebook does, was found when four of five seeds of `plain` and two of three of `plain_one_cycle` had been
 run as the blog's recipe; those stay as they are, and the others take it. `ahead` and `masks.csv` ask
-what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did.
+what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did. That `far` and `128px` compute in bfloat16 was decided
+when two seeds of `bf16` had been run, and before anything of theirs.
 """
 import os
 import sys
@@ -25,6 +26,7 @@ HERE = Path(__file__).with_suffix('')
 
 PLAIN = Recipe(imagenette_learner, epochs=5, lr=1e-3, options=dict(size=64, bs=64, opt='fused_adam'))
 BLOG = PLAIN.with_options(flip=True, min_scale=.35)
+FAST = replace(BLOG, precision='bf16')
 PLAIN_ONE_CYCLE = replace(PLAIN, anneal='one_cycle')
 
 EARLY, LATE, AT_ONCE = imp(), imp(rewind_epoch=1), one_shot_ticket()
@@ -40,9 +42,9 @@ PARTS = {
     # what the optimizer, the blog's longer rounds and plain fine-tuning do
     'rounds': Experiment(BLOG, [dense(), finetune(of=EARLY), LONGER, imp(optimizer='keep')], iterative, 50, range(3)),
     # the blog's three arms at its size of images
-    '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LONGER], iterative, 50, range(1)),
+    '128px': Experiment(FAST.with_options(size=128), [dense(), EARLY, LONGER], iterative, 50, range(1)),
     # how far can one prune?
-    'far': Experiment(BLOG, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
+    'far': Experiment(FAST, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
     # what do the masks of `blog` and `plain` know before any training? Of `plain`, the seeds whose states were still there
     'untrained': Experiment(BLOG, UNTRAINED, iterative, 50, range(5)),
     'plain_untrained': Experiment(PLAIN, UNTRAINED, iterative, 50, (2, 3)),
