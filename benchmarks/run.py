@@ -125,6 +125,11 @@ def machine():
     return dict(cpu=cpu, threads=torch.get_num_threads(), python=platform.python_version(), **{n: version(n) for n in names}, date=time.strftime('%Y-%m-%d'))
 
 
+def markdown_table(rows):
+    head = [f'| {" | ".join(rows[0])} |', '| :--- '*len(rows[0]) + '|']
+    return '\n'.join(head + [f'| {" | ".join(map(str, row.values()))} |' for row in rows]) + '\n'
+
+
 def rows(times, base):
     "Markdown rows of a comparison; the ratio is to `base`."
     return '\n'.join(f'| {n} | {t["median"]:.3f} | {t["min"]:.3f} to {t["max"]:.3f} | {t["median"]/times[base]["median"]:.3f} |' for n, t in times.items())
@@ -136,10 +141,8 @@ def table(title, times, base):
 
 def write(results):
     "results.md from results.json."
-    m = results['machine']
-    parts = [f'# Benchmarks\n\nMade by `make bench`. Contenders take turns in one process, and the first turn is not counted, where nothing else is said. '
-             f'{m["cpu"]}, {m["threads"]} threads, Python {m["python"]}, ' + ', '.join(f'{n} {m[n]}' for n in ('torch', 'torchvision', 'fastai', 'fasterai')) + f'; {m["date"]}. '
-             'Machines are noisy: read the ratios.\n']
+    parts = ['# Benchmarks\n\nMade by `make bench`. Contenders take turns in one process, and the first turn is not counted, where nothing else is said. Machines are noisy: read the ratios. Each part tells of the machine it last ran on:\n',
+             markdown_table([dict(part=part) | m for part, m in results['machines'].items()])]
     if 'prune' in results:
         parts.append('## One global pruning to 50 %\n\n*The mask* finds the exact mask; *mask and model* also applies it and keeps the values that were cut. The others do both as they are documented.\n')
         parts += [table(name, times, 'lth_nb, mask and model') for name, times in results['prune'].items()]
@@ -163,7 +166,7 @@ def write(results):
         ours, peer = r['lth_nb'], r['fastai and fasterai']
         parts.append("## The blog's three arms\n\nDense, the ticket rewound to the start and the ticket rewound to epoch 1 with full rounds of five epochs, ResNet-18, all of Imagenette, 64 px, one seed, from JPEGs to three "
                      'numbers. *fastai and fasterai*: `ImageDataLoaders.from_folder` and three fits; five of the 45 epochs were timed, with its Adam, dense and without its callback, and taken nine times. *lth_nb*: '
-                     f'one `Experiment` with `fused_adam`, decoding included; each ran once; every ticket begins with the dense network, which is trained once, so {ours["epochs"]:g} epochs are left ({ours["epochs"]/peer["epochs"]:.2f}), '
+                     f'one `Experiment` with `fused_adam`, in {ours["precision"]}, decoding included; each ran once; every ticket begins with the dense network, which is trained once, so {ours["epochs"]:g} epochs are left ({ours["epochs"]/peer["epochs"]:.2f}), '
                      f'and an epoch takes {ours["seconds"]/ours["epochs"]:.1f} s instead of {peer["seconds"]/peer["epochs"]:.1f} ({ours["seconds"]/ours["epochs"]/peer["seconds"]*peer["epochs"]:.2f}).\n\n'
                      '| | epochs | minutes | ratio |\n| :--- | ---: | ---: | ---: |\n' + '\n'.join(f'| {name} | {v["epochs"]:g} | {v["seconds"]/60:.1f} | {v["seconds"]/peer["seconds"]:.2f} |' for name, v in r.items()) + '\n')
     (HERE/'results.md').write_text('\n'.join(parts))
@@ -172,9 +175,9 @@ def write(results):
 def main(names):
     benches = dict(prune=bench_prune, memory=bench_memory, hold=bench_hold, step=bench_step, epoch=bench_epoch, arms=bench_arms)
     file = HERE/'results.json'
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = json.loads(file.read_text()) if file.exists() else dict(machines={})
     for name in names or benches:
-        results[name], results['machine'] = benches[name](), machine()
+        results[name], results['machines'][name] = benches[name](), machine()
         file.write_text(json.dumps(results, indent=1))
         write(results)
 

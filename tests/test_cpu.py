@@ -4,6 +4,9 @@ import random
 import threading
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
+from itertools import cycle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from torch import nn
 
+from lth_nb import cpu
 from lth_nb.cpu import FastCPU, channels_last_weights, fast_bf16
 from lth_nb.data import ImageArray, array_dls
 
@@ -44,27 +48,45 @@ def learn(dls, tmp_path):
 
 # --- what is switched on
 
-AVX = dict(avx512_f=True, avx512_bf16=True)
-
-@pytest.mark.parametrize('capabilities, fast', [(AVX, False), (dict(AVX, amx_tile=True, amx_int8=True, amx_bf16=True), True), (dict(AVX, amx_bf16=False), False),
-                                                (dict(neon=True, bf16=True, sve_bf16=True), False), ({}, False)], ids=['avx512', 'amx', 'no amx', 'arm', 'nothing'])
-def test_bfloat16_is_for_matrix_units(capabilities, fast, monkeypatch):
-    "By what is known of the processor: vector instructions for bfloat16 alone made a step slower than float32."
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
-    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: True)
-    assert fast_bf16() is fast and (FastCPU().bf16, FastCPU().channels_last) == (fast, fast)
-    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
-    assert fast_bf16() is False
+@pytest.fixture
+def ask():
+    "`fast_bf16`, as if it had never been asked; it is asked anew after the test."
+    fast_bf16.cache_clear()
+    yield fast_bf16
+    fast_bf16.cache_clear()
 
 
-@pytest.mark.parametrize('amx', [False, True])
-def test_an_older_pytorch_is_asked_in_its_way(amx, monkeypatch):
-    monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
-    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx, raising=False)
-    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: True)
-    assert fast_bf16() is amx
-    monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
-    assert fast_bf16() is False
+@pytest.mark.parametrize('float32, bf16, fast', [([2, 2], [1, 1], True), ([2, 2], [1.7, 1.7], False), ([2, 2], [3, 3], False), ([9, 2, 9], [9, 1.7, 9], False), ([2, 9, 9], [9, 9, 1], True)],
+                         ids=['faster', 'hardly faster', 'slower', 'busy, hardly faster', 'busy, faster'])
+def test_bfloat16_is_for_processors_that_it_makes_faster(float32, bf16, fast, ask, monkeypatch):
+    "By the shortest times: what else a computer does only makes them longer."
+    times = {False: cycle(float32), True: cycle(bf16)}
+    monkeypatch.setattr('lth_nb.cpu._seconds', lambda bf16: next(times[bf16]))
+    assert ask() is fast and (FastCPU().bf16, FastCPU().channels_last) == (fast, fast)
+    monkeypatch.setattr('lth_nb.cpu._seconds', lambda bf16: 1/0)
+    assert ask() is fast # asked once
+
+
+@pytest.mark.parametrize('around', [torch.no_grad, torch.inference_mode, partial(torch.device, 'meta'), partial(torch.autocast, 'cpu', torch.bfloat16)])
+def test_bfloat16_is_timed_wherever_it_is_asked(around, ask, monkeypatch):
+    monkeypatch.setattr('lth_nb.cpu._seconds', spied := Mock(wraps=cpu._seconds))
+    state = torch.get_rng_state()
+    with around(): assert ask() in (True, False)
+    assert torch.get_rng_state().equal(state) and {bool(c.args[0]) for c in spied.call_args_list} == {True, False}
+
+
+def test_bfloat16_is_timed_against_float32(ask, monkeypatch):
+    "Also where another type is the default, and in the layouts that the callback uses."
+    seen, conv = [], nn.Conv2d.forward
+    def forward(self, x):
+        y = conv(self, x)
+        seen.append((y.dtype, x.is_contiguous(memory_format=torch.channels_last), self.weight.is_contiguous(memory_format=torch.channels_last)))
+        return y
+    monkeypatch.setattr(nn.Conv2d, 'forward', forward)
+    torch.set_default_dtype(torch.float64)
+    try: ask()
+    finally: torch.set_default_dtype(torch.float32)
+    assert set(seen) == {(torch.float32, False, False), (torch.bfloat16, True, True)}
 
 
 def test_channels_last_follows_bf16_unless_said_otherwise():
