@@ -126,6 +126,7 @@ def machine():
 
 
 def markdown_table(rows):
+    "A table of dicts that have the same keys."
     head = [f'| {" | ".join(rows[0])} |', '| :--- '*len(rows[0]) + '|']
     return '\n'.join(head + [f'| {" | ".join(map(str, row.values()))} |' for row in rows]) + '\n'
 

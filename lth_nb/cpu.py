@@ -32,7 +32,7 @@ def _seconds(bf16):
 
 @cache
 def fast_bf16()->bool:
-    "Does bfloat16 make a convolution at least a fifth faster here? Timed once in a process, for a tenth of a second."
+    "Does bfloat16 make a convolution at least a fifth faster here? Timed once in a process, in a fraction of a second."
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         times = [(_seconds(False), _seconds(True)) for _ in range(5)][1:] # the first warms up
     float32, bf16 = map(min, zip(*times))

@@ -54,6 +54,7 @@ def _check_rates(rates):
         if not r >= 0 or math.isinf(r): raise ValueError(f'rates={{{n!r}: {r!r}}} is not a rate: give the percent of the others\' loss that this layer loses, 0 or more')
     return rates
 
+# %% ../nbs/api/05_sparsifier.ipynb #1d4ece64
 def _distributed(): return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 def _drawn_seed():

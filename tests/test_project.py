@@ -1,6 +1,7 @@
 "The project itself: who imports whom, what the package says of itself."
 import ast
 import configparser
+import json
 import subprocess
 import sys
 from email.parser import Parser
@@ -85,3 +86,13 @@ def test_a_seed_of_which_an_arm_is_missing_is_still_to_run(monkeypatch):
     assert [a.name for a in imagenette.arms_left('blog', [0, 4])] == names
     monkeypatch.setattr(imagenette, 'done', lambda part: None)
     assert imagenette.seeds_left('blog') == [0, 1, 2, 3, 4]
+
+
+def test_the_benchmark_page_says_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT/'benchmarks'))
+    import run
+    results = json.loads((run.HERE/'results.json').read_text())
+    stored = (run.HERE/'results.md').read_text()
+    monkeypatch.setattr(run, 'HERE', tmp_path)
+    run.write(results)
+    assert (tmp_path/'results.md').read_text() == stored and results['machines'].keys() == results.keys() - {'machines'}
