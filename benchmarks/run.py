@@ -112,9 +112,9 @@ def bench_arms():
 
 def bench_step():
     "What a step consists of, and what was tried to make it faster."
-    return dict(shares=shares_of_step(),
+    return dict(shares={name: shares_of_step(VARIANTS[name]) for name in ('float32', 'bf16, channels_last')},
                 variants=side_by_side({name: variant(settings) for name, settings in VARIANTS.items()}, 5),
-                allocator=side_by_side({name: lambda env=env: lambda: steps_apart(env) for name, env in ALLOCATORS.items()}, 3),
+                allocator=side_by_side({name: lambda begin=begin: lambda: steps_apart(begin) for name, begin in ALLOCATORS.items()}, 3),
                 validation=side_by_side({f'batches of {bs}': validation(bs) for bs in (64, 256)}, 5))
 
 
@@ -158,8 +158,8 @@ def write(results):
                      'from JPEGs. *cache*: `imagenette_dls` from a filled cache, float32. *FastCPU* adds bf16 autocast and channels_last, asked for by `bf16=True`.\n')
         parts.append(table('Training and validation', results['epoch'], 'fastai'))
     if r := results.get('step'):
-        parts.append('## A step\n\nResNet-18, 64 px, batch 64, fused AdamW, a 50 % mask. Where the time of a float32 step goes, by the profiler of torch, on real batches:\n\n'
-                     '| | share (%) |\n| :--- | ---: |\n' + '\n'.join(f'| {kind} | {share:.1f} |' for kind, share in r['shares'].items()) + '\n')
+        parts.append('## A step\n\nResNet-18, 64 px, batch 64, fused AdamW, a 50 % mask. Where the time of a step goes, by the profiler of torch, on real batches, in percent:\n')
+        parts.append(markdown_table([dict(work=kind) | {name: f'{shares[kind]:.1f}' for name, shares in r['shares'].items()} for kind in r['shares']['float32']]))
         parts += [table('Ten steps', r['variants'], 'float32'),
                   table('Fifty steps in a process of its own, with its start', r['allocator'], 'malloc as it comes'),
                   table('Validating 3,840 images', r['validation'], 'batches of 64')]

@@ -69,7 +69,8 @@ KINDS = { # kind of work -> parts of the names of torch's operations
     'batch norm': ['batch_norm'],
     'activations and pooling': ['clamp_min', 'threshold', 'max_pool', 'mean'],
     'optimizer': ['fused_adam', 'Optimizer.step'],
-    'mask': ['bitwise_and']}
+    'mask': ['bitwise_and'],
+    'copies': ['aten::copy_']}
 
 
 def steps(masked=True, channels_last=False, precision=None, compiled=False, batches=None):
@@ -91,10 +92,10 @@ def steps(masked=True, channels_last=False, precision=None, compiled=False, batc
     return step
 
 
-def shares_of_step():
-    "The share of each kind of work in masked float32 steps on real batches, in percent."
+def shares_of_step(settings):
+    "The share of each kind of work in masked steps on real batches, in percent."
     from lth_nb.data import imagenette_dls
-    step = steps(batches=iter(imagenette_dls().train))
+    step = steps(batches=iter(imagenette_dls().train), **settings)
     for _ in range(3): step()
     with profile(activities=[ProfilerActivity.CPU]) as prof:
         for _ in range(20): step()
@@ -121,15 +122,14 @@ def variant(settings):
     return lambda: lambda: [step() for _ in range(10)]
 
 
-ALLOCATORS = { # environments of glibc's malloc, which gives large blocks back to the system at once
-    'malloc as it comes': {},
-    'malloc keeping memory': dict(MALLOC_MMAP_THRESHOLD_='4294967296', MALLOC_TRIM_THRESHOLD_='8589934592', MALLOC_TOP_PAD_='268435456')}
+ALLOCATORS = { # what glibc's malloc does with large blocks that are freed
+    'malloc as it comes': 'pass',
+    'keep_memory': 'from lth_nb.cpu import keep_memory; keep_memory()'}
 
 
-def steps_apart(environment):
-    "Train fifty steps in a process with its own environment."
-    code = 'import training; step = training.steps(); [step() for _ in range(50)]'
-    subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, env=os.environ | environment, check=True)
+def steps_apart(begin):
+    "Train fifty steps in a process of its own that begins in a way."
+    subprocess.run([sys.executable, '-c', f'{begin}; import training; step = training.steps(); [step() for _ in range(50)]'], cwd=Path(__file__).parent, check=True)
 
 
 def validation(bs):
