@@ -54,7 +54,7 @@ def arms_here():
         found = exp.run(Path(folder)/'run', n_jobs=os.cpu_count(), progress=False)
         taken = time.perf_counter() - start
     if found.failed: raise RuntimeError(found.failed)
-    return dict(seconds=taken, epochs=epochs, precision=recipe.precision, accuracies=[r['accuracy'] for r in found.rows if r['level'] in (0, 3)])
+    return dict(seconds=taken, epochs=epochs, processes=os.cpu_count(), precision=recipe.precision, accuracies=[r['accuracy'] for r in found.rows if r['level'] in (0, 3)])
 
 
 def arms_peer():

@@ -63,21 +63,28 @@ def done(part):
     return Results.load(HERE/part) if (HERE/part/'results.json').exists() else None
 
 
-def arms_left(part, seeds):
-    "The arms of a part that are still to run for one of the seeds."
+def arms_left(part, seed):
+    "The arms of a part that are still to run for a seed."
     found = done(part)
     there = {(r['arm'], r['seed']) for r in found.rows} if found else set()
-    return [a for a in PARTS[part].arms if any((a.name, s) not in there for s in seeds)]
+    return tuple(a for a in PARTS[part].arms if (a.name, seed) not in there)
 
 
 def seeds_left(part):
     "The seeds of a part of which an arm is still to run."
-    return [s for s in PARTS[part].seeds if arms_left(part, [s])]
+    return [s for s in PARTS[part].seeds if arms_left(part, s)]
 
 
-def run(part, seeds, n_jobs):
-    "Run what seeds of a part still lack, and put it with the results that are there."
-    found = replace(PARTS[part], arms=arms_left(part, seeds), seeds=seeds).run('runs/imagenette', n_jobs)
+def groups(part, seeds):
+    "Seeds that can run side by side, for they lack the same arms: (arms, seeds) of each group."
+    found = {}
+    for s in seeds: found.setdefault(arms_left(part, s), []).append(s)
+    return [group for group in found.items() if group[0]]
+
+
+def run(part, arms, seeds, n_jobs):
+    "Run some arms of a part for some seeds, and put them with the results that are there."
+    found = replace(PARTS[part], arms=arms, seeds=seeds).run('runs/imagenette', n_jobs)
     if found.failed: raise SystemExit(f'{part}, seeds {seeds}: {found.failed}')
     there = done(part)
     (there + found if there else found).save(HERE/part)
@@ -112,9 +119,8 @@ def main(wanted):
         for part, exp in PARTS.items(): print(f'{part}: seeds left {seeds_left(part)} of {list(exp.seeds)}; {exp.plan("runs/imagenette").note}')
     for name in PARTS if wanted == ['all'] else wanted:
         part, _, seeds = name.partition(':')
-        left = seeds_left(part)
-        together = [[int(s) for s in seeds.split(',') if int(s) in left]] if seeds else [[s] for s in left]
-        for some in filter(None, together): run(part, some, os.cpu_count())
+        together = [[s for s in PARTS[part].seeds if str(s) in seeds.split(',')]] if seeds else [[s] for s in PARTS[part].seeds]
+        for arms, some in (group for t in together for group in groups(part, t)): run(part, arms, some, os.cpu_count())
         if supermask(of=AT_ONCE).name in [a.name for a in PARTS[part].arms] and done(part): write_known(part)
 
 

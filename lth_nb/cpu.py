@@ -34,9 +34,12 @@ def _seconds(bf16):
 
 @cache
 def fast_bf16()->bool:
-    "Does bfloat16 make a convolution at least a fifth faster here? Timed once in a process, in a fraction of a second."
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        times = [(_seconds(False), _seconds(True)) for _ in range(5)][1:] # the first warms up
+    "Does bfloat16 make a convolution at least a fifth faster here? Timed once in a process, in one thread."
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(): times = [(_seconds(False), _seconds(True)) for _ in range(5)]
+    finally: torch.set_num_threads(threads)
     float32, bf16 = map(min, zip(*times))
     return bf16 < .8*float32
 
@@ -69,7 +72,8 @@ class FastCPU(Callback):
     ):
         for name, value in (('bf16', bf16), ('channels_last', channels_last)):
             if not any(value is o for o in (None, True, False)): raise ValueError(f'{name}={value!r}: must be None, True or False')
-        self.bf16 = fast_bf16() if bf16 is None else bf16
+        self.timed = bf16 is None # another process might find otherwise
+        self.bf16 = fast_bf16() if self.timed else bf16
         self.channels_last = self.bf16 if channels_last is None else channels_last
 
     def __repr__(self): return f'FastCPU(bf16={self.bf16}, channels_last={self.channels_last})'
@@ -120,9 +124,9 @@ def _attach(self, learn):
 FastCPU.learn = property(lambda self: vars(self).get('_learn'), _attach)
 
 # %% ../nbs/api/08a_cpu.ipynb #aa776a5c
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4 # of malloc.h
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4 # options of mallopt, in malloc.h
 
 def keep_memory()->bool:
     "Let this process keep the memory it frees, for what it needs next. Says whether that can be done here: on Linux with glibc, not on macOS or Windows."
     mallopt = getattr(CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    return mallopt is not None and all(mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)))
+    return mallopt is not None and all(mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)))

@@ -25,11 +25,12 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import defaults
 from fastcore.basics import patch
-from joblib._parallel_backends import LokyBackend, MultiprocessingBackend, SequentialBackend
+from joblib._parallel_backends import LokyBackend, SequentialBackend
 from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, State, graph, n_trained, needs
+from .cpu import FastCPU
 from .files import written
 from .granularity import has_followers
 from .mask import check_sparsity
@@ -81,6 +82,8 @@ def _check_learner(learn, recipe, arms):
     if learn.lr not in (defaults.lr, recipe.lr): warnings.warn(f'the learner was made with lr={learn.lr!r}, and trains with that of the recipe, {recipe.lr:g}')
     own = next((cb for cb in learn.cbs if isinstance(cb, (ParamScheduler, EarlyStoppingCallback, ReduceLROnPlateau))), None)
     if own: raise ValueError(f'the learner has a {type(own).__name__}, which knows nothing of rounds and positions: leave it out; anneal= of the recipe gives a schedule')
+    if any(isinstance(cb, FastCPU) and cb.timed for cb in learn.cbs):
+        raise ValueError("the learner has FastCPU(), which decides by timing and may decide otherwise in another process: give precision='bf16' to the recipe, or FastCPU(True)")
     if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(a.rewind and a.rewind.step for a in arms):
         raise ValueError('rewind_step counts batches here, and this learner accumulates gradients over several: give rewind_epoch')
     _check_metrics(list(learn.metrics.attrgot('name')))
@@ -219,16 +222,17 @@ def _depends_on(store, segment, failed):
     "Does a segment build on one that failed?"
     return segment in failed or any(_depends_on(store, s.segment, failed) for s in store.needs(segment) if not store.has(s))
 
-def _wave(store, exp, failed, n_jobs):
-    "The segments to train now, with their positions; None when nothing is left. What others wait for comes first, and no further than they need, with as much of the rest as keeps all workers busy."
+def _wave(store, exp, failed, busy, n_jobs):
+    "The segments to train now, with their positions, the longest first; none of those that are busy elsewhere; None when nothing is left. What others wait for is taken no further than they need, with the shortest of the rest until all workers are busy."
     todo = store.todo(exp.networks.values())
     todo = {s: b for s, b in todo.items() if not _depends_on(store, s, failed)}
-    ready = {s: b for s, b in todo.items() if all(store.has(n) for n in store.needs(s))}
+    ready = {s: b for s, b in todo.items() if s not in busy and all(store.has(n) for n in store.needs(s))}
     awaited = {n for s in todo for n in store.needs(s) if not store.has(n)}
     first = {s: known for s, b in ready.items() if (known := [at for at in b if State(s, at) in awaited])}
-    rest = sorted((s for s in ready if s not in first), key=lambda s: ready[s][-1] - s.begin) # a wave takes as long as its longest
+    rest = sorted((s for s in ready if s not in first), key=lambda s: ready[s][-1] - s.begin)
     n_rest = -len(first) % joblib.effective_n_jobs(n_jobs) if first else len(rest)
-    return first | {s: ready[s] for s in rest[:n_rest]} or None
+    wave = first | {s: ready[s] for s in rest[:n_rest]}
+    return dict(sorted(wave.items(), key=lambda part: part[0].begin - part[1][-1])) if wave or busy else None
 
 # %% ../nbs/api/09f_experiment.ipynb #285897bf
 def _train_wave(wave, attempt, n_jobs, store, *how):
@@ -244,7 +248,7 @@ def _train_wave(wave, attempt, n_jobs, store, *how):
 
 def _attempt():
     "How a segment is trained under joblib's active backend: in the worker itself where that is a process and nothing else."
-    own = isinstance(get_active_backend()[0], (LokyBackend, MultiprocessingBackend, SequentialBackend))
+    own = isinstance(get_active_backend()[0], (LokyBackend, SequentialBackend))
     return attempt_segment if own else attempt_apart
 
 def _told(outcomes, bar):
@@ -264,15 +268,15 @@ def run(self:Experiment,
     "Train what is missing, and read what is there."
     store = Store(Path(path).absolute(), self._seen[1])
     about = _describe(self, store)
-    failed, attempt = {}, _attempt()
+    failed, busy, attempt = {}, set(), _attempt()
     with tqdm(total=len(graph(self.networks.values())), disable=not progress, unit='segment') as bar:
-        while (wave := _wave(store, self, failed, n_jobs)) is not None:
+        while (wave := _wave(store, self, failed, busy, n_jobs)) is not None:
             bar.n = bar.total - len(store.todo(self.networks.values())); bar.refresh()
             outcomes = dict(_told(_train_wave(wave, attempt, n_jobs, store, self.recipe, self.pruning), bar))
             still = store.todo(self.networks.values())
             failed |= {s: why or 'it was trained, and its result is not there' for s, why in outcomes.items() if why != 'busy' and (why or {*still.get(s, ())} & {*wave[s]})}
-            if set(outcomes.values()) == {'busy'}:
-                bar.set_description('waiting for another process'); time.sleep(.5)
+            busy = {s for s, why in outcomes.items() if why == 'busy'}
+            if not wave: bar.set_description('waiting for another process'); time.sleep(.5)
     if not keep_states: store.forget(graph(self.networks.values()))
     found = _collect(self, store, failed, about).save(store.path)
     if found.failed: warnings.warn(f'{len(found.failed)} of {len(self.networks)} networks failed; the first: {found.failed[0]["reason"]} (all stand in results.failed)')

@@ -21,11 +21,13 @@ from torch import nn
 
 from lth_nb.arms import dense, dense_long, finetune, imp, lr_rewind, reinit
 from lth_nb.callback import SparsifyCallback
+from lth_nb.cpu import FastCPU
 from lth_nb.fitting import Seeded
 from lth_nb.experiment import Experiment, _wave
 from lth_nb.recipe import Recipe
 from lth_nb.schedule import iterative, one_shot
 from lth_nb.ticket import Ticket
+from lth_nb.training import attempt_segment
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +48,14 @@ def with_a_metric_called_cost(): return Learner(small_dls(3), small_model(0.), l
 def with_two_top_k(): return Learner(small_dls(3), small_model(0.), loss_func=CrossEntropyLossFlat(), metrics=[partial(top_k_accuracy, k=1), partial(top_k_accuracy, k=2)])
 def with_a_metric_called_time(): return Learner(small_dls(3), small_model(0.), loss_func=CrossEntropyLossFlat(), metrics=AccumMetric(lambda p, y: 0., name='time'))
 def with_a_vector(): return Learner(small_dls(3), small_model(0.), loss_func=CrossEntropyLossFlat(), metrics=AccumMetric(lambda p, y: y.bincount(), name='counts', flatten=False))
+def that_times_itself(): return small(cbs=FastCPU())
 def without_a_batch():
     learn = small()
     learn.dls.train.bs, learn.dls.train.drop_last = 1000, True
     return learn
 
 
-@pytest.mark.parametrize('learner, says', [(with_a_schedule, 'ParamScheduler'), (that_stops_early, 'EarlyStoppingCallback'), (on_a_plateau, 'ReduceLROnPlateau'),
+@pytest.mark.parametrize('learner, says', [(with_a_schedule, 'ParamScheduler'), (that_stops_early, 'EarlyStoppingCallback'), (on_a_plateau, 'ReduceLROnPlateau'), (that_times_itself, 'decides by timing'),
                                            (with_a_metric_called_cost, "'cost'"), (with_a_metric_called_time, "'time'"), (with_two_top_k, "two metrics are called 'top_k_accuracy'"), (without_a_batch, 'fill no batch of 1000')])
 def test_what_cannot_be_cut_into_segments_is_refused(learner, says):
     with pytest.raises(ValueError, match=says): experiment(learner).plan()
@@ -227,22 +230,45 @@ def test_what_others_wait_for_is_trained_first_and_no_further(tmp_path):
     t = imp(name='t')
     exp = Experiment(of_points(1), [dense(), t, dense_long(of=t, name='long')], one_shot, 50, (0,))
     store, end = store_of(exp, tmp_path), exp.grid.end
-    first, more = _wave(store, exp, {}, 1), _wave(store, exp, {}, 2)
+    first, more = _wave(store, exp, {}, set(), 1), _wave(store, exp, {}, set(), 2)
     assert [list(b) for b in first.values()] == [[end]] == [list(b) for b in more.values()]
     done = exp.run(tmp_path, progress=False)
     assert not done.failed and [r['cost'] for r in done.rows] == [1, 2, 2]
 
 
-@pytest.mark.parametrize('n_jobs, size', [(1, 3), (2, 4), (3, 3), (4, 4), (9, 5)])
-def test_a_wave_is_filled_up_so_that_no_worker_waits(n_jobs, size, tmp_path):
+@pytest.mark.parametrize('n_jobs, filled', [(1, []), (2, ['reinit of t']), (3, []), (4, ['reinit of t']), (9, ['dense', 'reinit of t'])])
+def test_a_wave_is_filled_up_with_the_shortest_and_begins_with_the_longest(n_jobs, filled, tmp_path):
     "With three tickets that others wait for and two workers, one would be idle in the second half; the short control takes its turn, and the long training waits."
     t = imp(name='t')
     exp = Experiment(of_points(2), [dense(), t, imp(optimizer='keep', name='kept'), finetune(of=t), reinit(of=t, levels='all'), dense_long(of=t)], iterative, 50, (0,))
     store = store_of(exp, tmp_path)
     replace(exp, arms=[dense()]).run(tmp_path, progress=False)
-    wave = list(_wave(store, exp, {}, n_jobs))
-    arms = {s.segment: a.name for (a, level, _), s in exp.networks.items() if level < 2}
-    assert len(wave) == size and 'reinit of t' not in [arms[s] for s in wave[:3]] and [arms[s] for s in wave[3:]] == ['reinit of t', 'dense'][:size - 3]
+    wave = _wave(store, exp, {}, set(), n_jobs)
+    arms, lengths = {s.segment: a.name for (a, level, _), s in exp.networks.items() if level < 2}, [batches[-1] - s.begin for s, batches in wave.items()]
+    assert sorted(arms[s] for s in wave) == sorted(['finetune of t', 'kept', 't', *filled])
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_what_another_process_trains_does_not_hold_up_the_rest(tmp_path, monkeypatch):
+    "The ticket, for which others wait, is taken; the control and the long training need not wait for it."
+    t = imp(name='t')
+    exp = Experiment(of_points(1), [dense(), t, reinit(of=t, levels='all'), dense_long(of=t)], iterative, 50, (0,))
+    replace(exp, arms=[dense()]).run(tmp_path, progress=False)
+    taken, order = exp.networks[t, 1, 0].segment, []
+    def attempt(store, recipe, pruning, segment, batches):
+        order.append(segment)
+        if segment == taken and len({*order}) < 3:
+            assert order.count(taken) < 9 # or it waits for ever
+            return segment, 'busy'
+        return attempt_segment(store, recipe, pruning, segment, batches)
+    monkeypatch.setattr('lth_nb.experiment._attempt', lambda: attempt)
+    assert not exp.run(tmp_path, progress=False).failed and len({*order}) > 2
+
+
+def test_worker_processes_are_begun(tmp_path, monkeypatch):
+    started = tmp_path/'started'
+    monkeypatch.setattr('lth_nb.experiment.start_worker', lambda name: started.write_text(name))
+    assert not experiment(points, seeds=(0, 1)).run(tmp_path/'run', n_jobs=2, progress=False).failed and started.read_text()
 
 
 # ------------------------------------------------------------------ what a user should be told

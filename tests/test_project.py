@@ -82,8 +82,8 @@ def test_a_seed_of_which_an_arm_is_missing_is_still_to_run(monkeypatch):
     names = [a.name for a in imagenette.PARTS['blog'].arms]
     monkeypatch.setattr(imagenette, 'done', lambda part: whole.only(names[:-1], seeds=1) + whole.only(seeds=0))
     assert imagenette.seeds_left('blog') == [1, 2, 3, 4]
-    assert [a.name for a in imagenette.arms_left('blog', [0, 1])] == names[-1:]
-    assert [a.name for a in imagenette.arms_left('blog', [0, 4])] == names
+    found = {tuple(seeds): [a.name for a in arms] for arms, seeds in imagenette.groups('blog', range(5))}
+    assert found == {(1,): names[-1:], (2, 3, 4): names} # each seed trains what it lacks, and no more
     monkeypatch.setattr(imagenette, 'done', lambda part: None)
     assert imagenette.seeds_left('blog') == [0, 1, 2, 3, 4]
 
@@ -96,3 +96,9 @@ def test_the_benchmark_page_says_what_was_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(run, 'HERE', tmp_path)
     run.write(results)
     assert (tmp_path/'results.md').read_text() == stored and results['machines'].keys() == results.keys() - {'machines'}
+
+
+@pytest.mark.parametrize('file', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda f: f.stem)
+def test_no_output_shows_where_it_was_made(file):
+    outputs = [o for c in json.loads(file.read_text())['cells'] for o in c.get('outputs', [])]
+    assert 'site-packages' not in json.dumps(outputs)
