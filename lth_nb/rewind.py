@@ -6,7 +6,7 @@ Docs: https://lth-nb.github.io/lth_nb/api/rewind.html.md"""
 
 # %% auto #0
 __all__ = ['unwrap', 'named_tensors', 'loader_generator', 'RandomState', 'check_optimizer_choice', 'restore_optimizer',
-           'Position', 'ModelState', 'RewindPoint', 'check_loaders', 'Resume']
+           'Position', 'ModelState', 'RewindPoint', 'check_list', 'check_loaders', 'Resume']
 
 # %% ../nbs/api/04_rewind.ipynb #3c90345f
 import random
@@ -215,6 +215,15 @@ class RewindPoint:
     def __repr__(self): return f'RewindPoint(step {self.position.steps}, epoch {self.position.epoch}, batch {self.position.batch}, {len(self.tensors)} tensors)'
 
 # %% ../nbs/api/04_rewind.ipynb #d7e01d0c
+def check_list(
+    name:str, # of the argument
+    given:Sequence, # its value
+):
+    "Raise `ValueError` for what is no list of objects that can be rewound."
+    if not isinstance(given, Sequence): raise ValueError(f'{name} is a {type(given).__name__}: give a list, {name}=[…]')
+    both = next((o for o in given if hasattr(type(o), 'train') and hasattr(type(o), 'valid')), None) if name == 'loaders' else None
+    if both is not None: raise ValueError(f'loaders has a {type(both).__name__}, which holds several: give the one for training, loaders=[dls.train]')
+
 def check_loaders(
     loaders:Sequence, # data loaders that shall be rewound
 ):
@@ -233,6 +242,7 @@ def take(cls:RewindPoint,
     epoch_start:RandomState|None=None, # inside an epoch: the generators when it began
 )->RewindPoint: # the state, copied
     "Copy the whole training state."
+    for name, given in (('copies', copies), ('others', others), ('loaders', loaders)): check_list(name, given)
     check_loaders(loaders)
     return cls(ModelState.take(model), tuple((ModelState.take(c), deepcopy(getattr(c, 'n_averaged', None))) for c in copies),
                None if optimizer is None else deepcopy(optimizer.state_dict()), tuple(deepcopy(o.state_dict()) for o in others),

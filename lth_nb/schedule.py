@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from numbers import Integral
 
 from fastcore.basics import patch
 
@@ -23,6 +24,9 @@ class Schedule:
     curve: Callable # progress, 0 to 1 -> share of the target sparsity, 0 to 1
     n_steps: int|None = None # how many prunings; None for up to 100, as steps allow
     in_rounds: bool = False # are there few enough for a round of training after each, as rewinding needs?
+
+    def __post_init__(self):
+        if self.n_steps is not None: object.__setattr__(self, 'n_steps', check_n_steps(self.n_steps))
 
     def __call__(self,
         n_steps:int, # how many prunings
@@ -43,9 +47,9 @@ def check_n_steps(
     n_steps:int, # how many prunings
 )->int: # the same number
     "Raise `ValueError` unless `n_steps` is a whole number above zero."
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
+    if isinstance(n_steps, bool) or not isinstance(n_steps, Integral) or n_steps < 1:
         raise ValueError(f'n_steps={n_steps!r} is not a number of prunings: give a whole number above 0')
-    return n_steps
+    return int(n_steps)
 
 @patch
 def levels(self:Schedule,
@@ -53,7 +57,7 @@ def levels(self:Schedule,
     n:int|None=None, # how many prunings; default: what the schedule says
 )->tuple: # percent after each pruning
     "List the sparsity after each pruning."
-    n = n or self.n_prunings(sparsity) or 100
+    n = self.n_prunings(sparsity) or 100 if n is None else check_n_steps(n)
     return tuple(self.level(i, n, sparsity) for i in range(1, n + 1))
 
 # %% ../nbs/api/01_schedule.ipynb #1a5c98bd
@@ -71,15 +75,18 @@ class Geometric(Schedule):
     in_rounds: bool = True
     rate: float = 20 # percent of what is left to cut each time, where `n_steps` is None
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.rate, (int, float)) or not 0 < self.rate < 100:
+            raise ValueError(f'rate={self.rate!r} is not a percentage to cut each time: give a number between 0 and 100')
+
     def __call__(self,
         rate:float|None=None, # percent of what is left to cut each time
         n_steps:int|None=None, # how many prunings, all at the same rate
     ):
         "The same schedule with another rate, or with a number of prunings instead."
         if (rate is None) == (n_steps is None): raise ValueError('geometric takes either rate or n_steps')
-        if n_steps is not None: return replace(self, n_steps=check_n_steps(n_steps))
-        if not isinstance(rate, (int, float)) or not 0 < rate < 100: raise ValueError(f'rate={rate!r} is not a percentage to cut each time: give a number between 0 and 100')
-        return replace(self, rate=rate, n_steps=None)
+        return replace(self, n_steps=n_steps) if rate is None else replace(self, rate=rate, n_steps=None)
 
 # %% ../nbs/api/01_schedule.ipynb #92d20129
 @patch
@@ -118,14 +125,11 @@ one_cycle = Schedule(_logistic) # Source: Hubens et al. 2022 (One-Cycle Pruning)
 class DenseSparseDense(Schedule):
     "Prune to the target and bring everything back. Source: Han et al. 2017 (DSD), section 2"
     curve: Callable = _there_and_back
-    n_steps: int = 2
+    n_steps: int = 2 # how many prunings there and back; even, so that one of them has the target
 
-    def __call__(self,
-        n_steps:int, # how many prunings there and back, an even number
-    ):
-        "The same schedule with another number of steps; it must be even, so that one of them has the target."
-        if check_n_steps(n_steps) % 2: raise ValueError(f'n_steps={n_steps!r} is odd: dsd needs an even number, half there and half back')
-        return replace(self, n_steps=n_steps)
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.n_steps or 0) % 2: raise ValueError(f'n_steps={self.n_steps!r} is odd: dsd needs an even number, half there and half back')
 
 dsd = DenseSparseDense()
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from torch import nn
 from .criteria import get_criterion, large_final, scores
 from .granularity import check_granularity, followers, has_followers, layout, traced_calls, units
 from .mask import Mask, check_sparsity, cut_lowest, hold_bits, keep_bits, n_to_cut
-from .rewind import Position, RandomState, RewindPoint, unwrap
+from .rewind import Position, RandomState, RewindPoint, check_list, unwrap
 from .selection import Selection, chosen_names, owned_weights, prunable
 
 # %% ../nbs/api/05_sparsifier.ipynb #78c6fb67
@@ -45,7 +45,7 @@ def per_name(
     "Spell out a mapping from names or patterns; each must mean a weight that may be cut."
     owned = [(n, selection.weights[n], selection.modules[n]) for n in selection.weights]
     for k, v in values.items():
-        if isinstance(v, bool) or not isinstance(v, (int, float)): raise ValueError(f'{argument}={{{k!r}: {v!r}}} is not a number')
+        if isinstance(v, bool) or not isinstance(v, Real): raise ValueError(f'{argument}={{{k!r}: {v!r}}} is not a number')
     return {n: float(v) for k, v in values.items() for n in sorted(chosen_names(k, owned, argument))}
 
 def _check_rates(rates):
@@ -372,12 +372,6 @@ def _check_optimizer(optimizer, others, weights):
     if missing: warnings.warn(f'the optimizer does not hold {missing[0]} ({len(missing)} of {len(weights)} weights that may be cut): leave them out by ignore=, or give what trains them in others=[…]')
 
 # %% ../nbs/api/05_sparsifier.ipynb #c8f84a7d
-def _check_list(name, given):
-    "Raise `ValueError` for what is no list of objects that can be rewound."
-    if isinstance(given, torch.utils.data.DataLoader) or not isinstance(given, Sequence): raise ValueError(f'{name} is a {type(given).__name__}: give a list, {name}=[…]')
-    both = next((o for o in given if hasattr(type(o), 'train') and hasattr(type(o), 'valid')), None) if name == 'loaders' else None
-    if both is not None: raise ValueError(f'loaders has a {type(both).__name__}, which holds several: give the one for training, loaders=[dls.train]')
-
 def _has_scheduler(optimizer):
     "Has one of torch's schedulers been made for it?"
     return any('initial_lr' in group for group in getattr(optimizer, 'param_groups', ()))
@@ -391,7 +385,7 @@ def connect(self:Sparsifier,
     loaders:Sequence=(), # data loaders whose generators are rewound along
 )->Sparsifier: # itself
     "Say what belongs to the training state beside the model."
-    for name, given in (('copies', copies), ('others', others), ('loaders', loaders)): _check_list(name, given)
+    for name, given in (('copies', copies), ('others', others), ('loaders', loaders)): check_list(name, given)
     _check_optimizer(optimizer, others, self.weights)
     self.optimizer, self.copies, self.others, self.loaders = optimizer, tuple(copies), tuple(others), tuple(loaders)
     self._copied = [_all_names(c) for c in self.copies]
