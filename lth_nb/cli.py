@@ -48,7 +48,7 @@ class OneLine(TyperGroup):
     def main(self, *args, standalone_mode=True, **kwargs):
         try: code = super().main(*args, standalone_mode=False, **kwargs)
         except (_UsageError, ValueError, OSError) as e:
-            typer.echo(f'Error: {_one_line(e)}', err=True)
+            typer.echo(f'Error: {_one_line(e) or type(e).__name__}', err=True)
             code = 2
         sys.exit(code)
 

@@ -53,8 +53,8 @@ class Connectivity:
 
     def by_seed(self, metric='accuracy'):
         "One metric with a row a line and a column a point; in percent if it is a share."
-        if metric not in self.frame: raise ValueError(f'metric={metric!r} is not there: give one of {", ".join(list(self.frame)[5:])}')
-        line = ['arm', 'level', 'sparsity', 'seed']
+        line, metrics = ['arm', 'level', 'sparsity', 'seed'], list(self.frame)[5:] # the fifth is the share
+        if metric not in metrics: raise ValueError(f'metric={metric!r} is not there: give one of {", ".join(metrics)}')
         wide = self.frame.pivot(index=line, columns='share', values=metric)*(100 if is_share(metric) else 1)
         return wide.reindex(pd.MultiIndex.from_frame(self.frame[line].drop_duplicates()))
 

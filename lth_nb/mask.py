@@ -26,7 +26,7 @@ def check_sparsity(
     warn:bool=True, # warn about what looks like a share?
 )->float: # the same number, as a float
     "Return `sparsity` if it is a percentage, raise `ValueError` if it is not, warn if it looks like a share."
-    try: value = math.nan if isinstance(sparsity, str) else float(sparsity)
+    try: value = math.nan if isinstance(sparsity, (str, bool)) else float(sparsity)
     except (TypeError, ValueError): value = math.nan
     if not 0 <= value <= 100:
         raise ValueError(f'{name}={sparsity!r} is not a percentage: give a number from 0 to 100')

@@ -23,7 +23,7 @@ def layer_sparsity(
     mask:Mask, # of a network
 )->dict: # layer -> percent of its weights that are cut
     "Tell how much is cut in each layer."
-    return {n: 100*(1 - mask.kept_in(n)/t.numel()) for n, t in mask.weights.items()}
+    return {n: 100*(1 - mask.kept_in(n)/t.numel()) for n, t in mask.weights.items() if t.numel()}
 
 def _masked(self, arms, level, sparsity):
     "The networks whose masks are looked at, as (arm, level, seed); by default those of tickets and baselines."

@@ -112,7 +112,7 @@ def check_settings(s, known):
     "Raise `ValueError` for a setting that is not one, and for values that nobody else looks at before training."
     unknown = [k for k in s if k not in known]
     if unknown: raise ValueError(f'there is no setting {unknown[0]!r}: must be one of {", ".join(known)}')
-    for name, kind, ok, allowed in (('n_jobs', int, lambda n: n, 'a whole number, -1 for all cores'), ('margin', (int, float, type(None)), lambda m: m is None or 0 <= m < inf, 'a number of 0 or more'),
+    for name, kind, ok, allowed in (('n_jobs', int, lambda n: n and n is not True, 'a whole number, -1 for all cores'), ('margin', (int, float, type(None)), lambda m: m is None or not isinstance(m, bool) and 0 <= m < inf, 'a number of 0 or more'),
                                     ('out', str, bool, 'the name of a folder'), ('tickets', bool, lambda t: True, 'true or false'),
                                     ('higher_is_better', (bool, type(None)), lambda h: True, 'true or false'), ('arms', dict, bool, 'a table for each arm')):
         if name in s and not (isinstance(s[name], kind) and ok(s[name])): raise ValueError(f'{name}={s[name]!r}: must be {allowed}')
