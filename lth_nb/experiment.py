@@ -29,6 +29,7 @@ from joblib._parallel_backends import LokyBackend, SequentialBackend
 from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
+# %% ../nbs/api/09f_experiment.ipynb #94af0cf9
 from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, State, graph, n_trained, needs
 from .cpu import FastCPU
 from .files import written
