@@ -114,7 +114,7 @@ def bench_step():
     "What a step consists of, and what was tried to make it faster."
     return dict(shares={name: shares_of_step(VARIANTS[name]) for name in ('float32', 'bf16, channels_last')},
                 variants=side_by_side({name: variant(settings) for name, settings in VARIANTS.items()}, 5),
-                allocator=side_by_side({name: lambda begin=begin: lambda: steps_apart(begin) for name, begin in ALLOCATORS.items()}, 3),
+                allocator=side_by_side({name: lambda env=env: lambda: steps_apart(env) for name, env in ALLOCATORS.items()}, 3),
                 validation=side_by_side({f'batches of {bs}': validation(bs) for bs in (64, 256)}, 5))
 
 
@@ -162,6 +162,7 @@ def write(results):
         parts.append(markdown_table([dict(work=kind) | {name: f'{shares[kind]:.1f}' for name, shares in r['shares'].items()} for kind in r['shares']['float32']]))
         parts += [table('Ten steps', r['variants'], 'float32'),
                   table('Fifty steps in a process of its own, with its start', r['allocator'], 'malloc as it comes'),
+                  "*Keeping*: by `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_` of glibc. What is kept falls to pieces where sizes change: in a try with blocks of many sizes a process came to hold five times what was in use. So the library leaves malloc as it is.\n",
                   table('Validating 3,840 images', r['validation'], 'batches of 64')]
     if r := results.get('arms'):
         ours, peer, of_step = r['lth_nb'], r['fastai and fasterai'], results['step']['variants']

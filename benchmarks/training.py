@@ -122,14 +122,15 @@ def variant(settings):
     return lambda: lambda: [step() for _ in range(10)]
 
 
-ALLOCATORS = { # what glibc's malloc does with large blocks that are freed
-    'malloc as it comes': 'pass',
-    'keep_memory': 'from lth_nb.cpu import keep_memory; keep_memory()'}
+ALLOCATORS = { # environments of glibc's malloc, which gives large blocks back to the system
+    'malloc as it comes': {},
+    'malloc keeping memory': dict(MALLOC_MMAP_THRESHOLD_='4294967296', MALLOC_TRIM_THRESHOLD_='8589934592', MALLOC_TOP_PAD_='268435456')}
 
 
-def steps_apart(begin):
-    "Train fifty steps in a process of its own that begins in a way."
-    subprocess.run([sys.executable, '-c', f'{begin}; import training; step = training.steps(); [step() for _ in range(50)]'], cwd=Path(__file__).parent, check=True)
+def steps_apart(environment):
+    "Train fifty steps in a process with its own environment."
+    code = 'import training; step = training.steps(); [step() for _ in range(50)]'
+    subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, env=os.environ | environment, check=True)
 
 
 def validation(bs):

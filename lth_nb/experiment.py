@@ -41,7 +41,7 @@ from .results import Results, load_mask
 from .schedule import Schedule, iterative
 from .store import Store, batch_of
 from .ticket import Ticket
-from .training import attempt_apart, attempt_segment, generators_kept, make_learner, make_sparsifier, origin, schedules, start_worker
+from .training import attempt_apart, attempt_segment, for_code, generators_kept, make_learner, make_sparsifier, origin, schedules
 
 # %% ../nbs/api/09f_experiment.ipynb #3dad2922
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _wave(store, exp, failed, busy, n_jobs):
 def _train_wave(wave, attempt, n_jobs, store, *how):
     "Train the segments of a wave. Where a process dies, those that are left have a turn alone, and the one that kills its process again is the culprit."
     left = dict(wave)
-    pool = dict(initializer=start_worker, initargs=(store.base,)) if isinstance(get_active_backend()[0], LokyBackend) and n_jobs != 1 else {}
+    pool = dict(initializer=for_code, initargs=(store.base,)) if isinstance(get_active_backend()[0], LokyBackend) and n_jobs != 1 else {}
     try:
         for segment, why in joblib.Parallel(n_jobs, return_as='generator_unordered', **pool)(joblib.delayed(attempt)(store, *how, s, b) for s, b in wave.items()):
             del left[segment]

@@ -6,7 +6,7 @@ Docs: https://lth-nb.github.io/lth_nb/api/training.html.md"""
 
 # %% auto #0
 __all__ = ['origin', 'make_learner', 'generators_kept', 'make_sparsifier', 'SegmentCallback', 'schedules', 'validated',
-           'recount_norm', 'train_segment', 'attempt_segment', 'attempt_apart', 'start_worker']
+           'recount_norm', 'train_segment', 'attempt_segment', 'attempt_apart', 'for_code']
 
 # %% ../nbs/api/09e_training.ipynb #aeda2147
 import time
@@ -29,7 +29,6 @@ from joblib.executor import get_memmapping_executor
 from torch import nn
 
 from .arms import Anywhere, Pruning, Segment, Shuffled, State
-from .cpu import keep_memory
 from .fitting import MaskCallback, PathCallback, Seeded, one_input, set_generators, stateful_loss
 from .granularity import has_followers
 from .mask import Mask
@@ -309,11 +308,10 @@ def attempt_apart(
     "Train a segment in a process of its own, which lives on for the next one."
     store, _, _, segment, _ = args
     current_process()._config['daemon'] = False  # Dask's workers are daemons, which may not start processes otherwise
-    try: return get_memmapping_executor(1, initializer=start_worker, initargs=(store.base,)).submit(attempt_segment, *args).result()
+    try: return get_memmapping_executor(1, initializer=for_code, initargs=(store.base,)).submit(attempt_segment, *args).result()
     except BrokenExecutor: return segment, 'its process died: out of memory, or a crash outside Python'
 
-def start_worker(
-    name:str, # of recipe and data: a pool that begins with another one is another pool, so none trains with functions it has imported before they were changed
+def for_code(
+    name:str, # of recipe and data
 ):
-    "Begin a worker process."
-    keep_memory()
+    "Do nothing: a pool of processes that begins with another name is another pool, so none trains with functions it has imported before they were changed."

@@ -1,13 +1,11 @@
 "`FastCPU` computes as asked, and leaves nothing behind, whatever happens."
 import pickle
-import platform
 import random
 import threading
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from itertools import cycle
-from resource import RUSAGE_SELF, getrusage
 from unittest.mock import Mock
 
 import numpy as np
@@ -19,13 +17,11 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import CategoryMap
 from fastai.learner import Learner
 from fastai.metrics import accuracy
-from joblib.executor import get_memmapping_executor
 from torch import nn
 
 from lth_nb import cpu
 from lth_nb.cpu import FastCPU, channels_last_weights, fast_bf16
 from lth_nb.data import ImageArray, array_dls
-from lth_nb.training import start_worker
 
 
 def noise_dls(n=40):
@@ -297,17 +293,3 @@ def test_weights_of_other_shapes_are_left_alone():
         assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
         raise RuntimeError
     assert [o.stride() for o in model.parameters()] == before
-
-
-def pages_of_blocks():
-    "How many pages ten blocks of 64 MB cost, one after the other, when there has been one."
-    torch.ones(16, 2**20)
-    start = getrusage(RUSAGE_SELF).ru_minflt
-    for _ in range(10): torch.ones(16, 2**20)
-    return getrusage(RUSAGE_SELF).ru_minflt - start
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='others have no mallopt')
-def test_a_worker_keeps_memory():
-    plain, kept = (get_memmapping_executor(1, initializer=begin, initargs=('a name',)).submit(pages_of_blocks).result() for begin in (print, start_worker))
-    assert kept < plain/10

@@ -265,12 +265,6 @@ def test_what_another_process_trains_does_not_hold_up_the_rest(tmp_path, monkeyp
     assert not exp.run(tmp_path, progress=False).failed and len({*order}) > 2
 
 
-def test_worker_processes_are_begun(tmp_path, monkeypatch):
-    started = tmp_path/'started'
-    monkeypatch.setattr('lth_nb.experiment.start_worker', lambda name: started.write_text(name))
-    assert not experiment(points, seeds=(0, 1)).run(tmp_path/'run', n_jobs=2, progress=False).failed and started.read_text()
-
-
 # ------------------------------------------------------------------ what a user should be told
 
 def with_a_rate_of_its_own(): return small(lr=.5)
