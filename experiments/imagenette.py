@@ -119,7 +119,7 @@ def main(wanted):
         for part, exp in PARTS.items(): print(f'{part}: seeds left {seeds_left(part)} of {list(exp.seeds)}; {exp.plan("runs/imagenette").note}')
     for name in PARTS if wanted == ['all'] else wanted:
         part, _, seeds = name.partition(':')
-        together = [[s for s in PARTS[part].seeds if str(s) in seeds.split(',')]] if seeds else [[s] for s in PARTS[part].seeds]
+        together = [[s for s in map(int, seeds.split(',')) if s in PARTS[part].seeds]] if seeds else [[s] for s in PARTS[part].seeds]
         for arms, some in (group for t in together for group in groups(part, t)): run(part, arms, some, os.cpu_count())
         if supermask(of=AT_ONCE).name in [a.name for a in PARTS[part].arms] and done(part): write_known(part)
 

@@ -231,7 +231,8 @@ def _wave(store, exp, failed, busy, n_jobs):
     awaited = {n for s in todo for n in store.needs(s) if not store.has(n)}
     first = {s: known for s, b in ready.items() if (known := [at for at in b if State(s, at) in awaited])}
     rest = sorted((s for s in ready if s not in first), key=lambda s: ready[s][-1] - s.begin)
-    n_rest = -len(first) % joblib.effective_n_jobs(n_jobs) if first else len(rest)
+    workers = joblib.effective_n_jobs(n_jobs)
+    n_rest = -len(first) % workers if first else workers if busy else len(rest)
     wave = first | {s: ready[s] for s in rest[:n_rest]}
     return dict(sorted(wave.items(), key=lambda part: part[0].begin - part[1][-1])) if wave or busy else None
 
@@ -276,7 +277,8 @@ def run(self:Experiment,
             outcomes = dict(_told(_train_wave(wave, attempt, n_jobs, store, self.recipe, self.pruning), bar))
             still = store.todo(self.networks.values())
             failed |= {s: why or 'it was trained, and its result is not there' for s, why in outcomes.items() if why != 'busy' and (why or {*still.get(s, ())} & {*wave[s]})}
-            busy = {s for s, why in outcomes.items() if why == 'busy'}
+            now = {s for s, why in outcomes.items() if why == 'busy'}
+            busy = busy | now if wave and now == {*outcomes} else now # nothing was trained: look at what is left, and wait when that is nothing
             if not wave: bar.set_description('waiting for another process'); time.sleep(.5)
     if not keep_states: store.forget(graph(self.networks.values()))
     found = _collect(self, store, failed, about).save(store.path)

@@ -254,6 +254,7 @@ def check(self:RewindPoint, model, optimizer=None, how='fresh', copies=(), other
     "Raise `ValueError` unless all this can be put back to the point. Takes the arguments of `restore`."
     check_optimizer_choice(how)
     for name, given, taken in (('copies', copies, self.copies), ('others', others, self.others), ('loaders', loaders, self.random.loaders)):
+        check_list(name, given)
         if len(given) != len(taken): raise ValueError(f'{name} has {len(given)} entries, and the rewind point was taken with {len(taken)}: give the same')
     if optimizer is not None and self.optimizer is None:
         raise ValueError('the optimizer is not in the rewind point: attach it before the point is taken')

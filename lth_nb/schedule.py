@@ -77,7 +77,7 @@ class Geometric(Schedule):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.rate, (int, float)) or not 0 < self.rate < 100:
+        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 < self.rate < 100:
             raise ValueError(f'rate={self.rate!r} is not a percentage to cut each time: give a number between 0 and 100')
 
     def __call__(self,

@@ -265,6 +265,20 @@ def test_what_another_process_trains_does_not_hold_up_the_rest(tmp_path, monkeyp
     assert not exp.run(tmp_path, progress=False).failed and len({*order}) > 2
 
 
+def test_where_other_processes_train_everything_it_waits(tmp_path, monkeypatch):
+    t = imp(name='t')
+    exp = Experiment(of_points(1), [dense(), t, reinit(of=t, levels='all'), dense_long(of=t)], iterative, 50, (0,))
+    replace(exp, arms=[dense()]).run(tmp_path, progress=False)
+    waited, asked = [], []
+    def attempt(store, recipe, pruning, segment, batches):
+        asked.append(segment)
+        assert len(asked) < 50 # or it asks again and again
+        return attempt_segment(store, recipe, pruning, segment, batches) if waited else (segment, 'busy')
+    monkeypatch.setattr('lth_nb.experiment._attempt', lambda: attempt)
+    monkeypatch.setattr('lth_nb.experiment.time.sleep', waited.append)
+    assert not exp.run(tmp_path, progress=False).failed and waited == [.5]
+
+
 # ------------------------------------------------------------------ what a user should be told
 
 def with_a_rate_of_its_own(): return small(lr=.5)

@@ -480,3 +480,9 @@ def test_pruned_and_rewound_the_kept_weights_are_those_of_the_point(device):
                 keep = sp.mask[n] if n in sp.mask else torch.ones_like(t, dtype=torch.bool)
                 assert torch.equal(t[keep], saved[n][keep]), n
         assert not adam.state
+
+
+def test_a_bare_loader_is_no_list_of_them():
+    net, loader = nn.Linear(2, 2), DataLoader([torch.zeros(2)], batch_size=1)
+    point = RewindPoint.take(net, loaders=[loader])
+    with pytest.raises(ValueError, match=r'loaders=\[…\]'): point.restore(net, loaders=loader)
