@@ -113,13 +113,21 @@ def write_known(part):
     if rows: pd.concat([there(), pd.DataFrame(rows)]).drop_duplicates(['part', 'mask', 'seed']).to_csv(HERE/'masks.csv', index=False, float_format='%.2f')
 
 
+def asked(name):
+    "What `part` or `part:0,1` on the command line means: the part, and lists of seeds that can run side by side."
+    part, _, seeds = name.partition(':')
+    if part not in PARTS: raise SystemExit(f'there is no part {part!r}: give {", ".join(PARTS)} or all')
+    if not seeds: return part, [[s] for s in PARTS[part].seeds]
+    none = [s for s in seeds.split(',') if s not in map(str, PARTS[part].seeds)]
+    if none: raise SystemExit(f'{part} has no seed {", ".join(none)}: give some of {list(PARTS[part].seeds)}')
+    return part, [[int(s) for s in seeds.split(',')]]
+
+
 def main(wanted):
     warnings.filterwarnings('ignore', category=FutureWarning)
     if not wanted:
         for part, exp in PARTS.items(): print(f'{part}: seeds left {seeds_left(part)} of {list(exp.seeds)}; {exp.plan("runs/imagenette").note}')
-    for name in PARTS if wanted == ['all'] else wanted:
-        part, _, seeds = name.partition(':')
-        together = [[s for s in map(int, seeds.split(',')) if s in PARTS[part].seeds]] if seeds else [[s] for s in PARTS[part].seeds]
+    for part, together in [asked(name) for name in (PARTS if wanted == ['all'] else wanted)]:
         for arms, some in (group for t in together for group in groups(part, t)): run(part, arms, some, os.cpu_count())
         if supermask(of=AT_ONCE).name in [a.name for a in PARTS[part].arms] and done(part): write_known(part)
 
