@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
+from .checks import is_number
 from .criteria import Criterion, get_criterion, large_final
 from .granularity import check_granularity
 from .naming import digest
@@ -196,8 +197,8 @@ class _Rewind:
     def __post_init__(self):
         if self.step is not None and self.epoch: raise ValueError(f'rewind_epoch={self.epoch!r} and rewind_step={self.step!r} both say where to rewind to: give one')
         for name, value in (('rewind_epoch', self.epoch), ('rewind_step', self.step or 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf: raise ValueError(f'{name}={value!r} is not a position: give 0 or more')
-        if self.step is not None and self.step != int(self.step): raise ValueError(f'rewind_step={self.step!r} is not a whole number of steps')
+            if not is_number(value) or value < 0: raise ValueError(f'{name}={value!r} is not a position: give 0 or more')
+        if self.step is not None and self.step % 1: raise ValueError(f'rewind_step={self.step!r} is not a whole number of steps')
 
     def __str__(self): return f'step {self.step}' if self.step is not None else f'epoch {self.epoch:g}' if self.epoch else 'initialisation'
 
@@ -280,9 +281,10 @@ def finetune(
     name:str|None=None, # default: says what it is
 )->Arm: # every level is a result
     "Prune, keep the weights, and train on at a constant rate. Source: Renda et al. 2020, section 2"
-    if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr < math.inf): raise ValueError(f'lr={lr!r} is not a learning rate: give a number above 0')
-    if epochs is not None and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf): raise ValueError(f'epochs={epochs!r} is not a training length: give a number above 0')
+    if lr is not None and not (is_number(lr) and lr > 0): raise ValueError(f'lr={lr!r} is not a learning rate: give a number above 0')
+    if epochs is not None and not (is_number(epochs) and epochs > 0): raise ValueError(f'epochs={epochs!r} is not a training length: give a number above 0')
     if of is not None: _ticket_of(of, 'finetune')
+    lr = lr and float(lr)
     def n_epochs(grid):
         if epochs is not None or of is None: return grid.end if epochs is None else round(epochs*grid.n_batches)
         state = of.make(grid, 0, 1)

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .analysis import NotedTable, check_confidence, is_share, lower_is_better, noted_table, t_interval, with_unit
+from .checks import is_whole
 from .experiment import Experiment
 from .fitting import stateful_loss
 from .plots import axes_for, legend_above
@@ -91,7 +92,7 @@ def connectivity(self:Experiment,
     progress:bool=True, # show a progress bar
 )->Connectivity: # measured on the validation set
     "Measure the networks between each ticket and its twin. A point costs a validation, and with batch norm a pass over the training data."
-    if not isinstance(n_points, int) or n_points < 3: raise ValueError(f'n_points={n_points!r}: must be a whole number from 3 up')
+    if not is_whole(n_points, 3): raise ValueError(f'n_points={n_points!r}: must be a whole number from 3 up')
     store, rows = Store(Path(path).absolute(), self._seen[1]), []
     with generators_kept():
         torch.set_num_threads(self.recipe.threads)

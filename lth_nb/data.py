@@ -22,7 +22,6 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from numbers import Real
 from pathlib import Path
 
 # %% ../nbs/api/08_data.ipynb #e8befe77
@@ -44,6 +43,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms import functional as F
 
+from .checks import is_number, is_whole
 from .files import written
 
 # %% ../nbs/api/08_data.ipynb #f1fe6883
@@ -172,7 +172,7 @@ def mirrored(
 # %% ../nbs/api/08_data.ipynb #9aafd8ab
 def _check_share(name, value):
     "Refuse what is no share above 0 and at most 1."
-    if not isinstance(value, Real) or not 0 < value <= 1: raise ValueError(f'{name}={value!r}: must be a share above 0 and at most 1')
+    if not is_number(value) or not 0 < value <= 1: raise ValueError(f'{name}={value!r}: must be a share above 0 and at most 1')
 
 def random_boxes(
     rng:random.Random, # generator of the epoch, left where it stands
@@ -192,7 +192,7 @@ def random_boxes(
 # %% ../nbs/api/08_data.ipynb #ec6fd4e2
 def _check_count(name, value, most):
     "Refuse what is no whole number from 1 to `most`."
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value <= most:
+    if not is_whole(value, 1) or value > most:
         raise ValueError(f'{name}={value!r}: must be a whole number from 1 to {most}')
 
 def array_dls(

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import joblib
+import numpy as np
 import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 # %% ../nbs/api/09f_experiment.ipynb #94af0cf9
 from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, State, graph, n_trained, needs
+from .checks import is_whole
 from .cpu import FastCPU
 from .files import written
 from .granularity import has_followers
@@ -61,16 +63,18 @@ class Experiment:
         if not isinstance(self.pruning, Pruning): raise ValueError(f'pruning={self.pruning!r}: give Pruning(…)')
         if not isinstance(self.schedule, Schedule) or not self.schedule.in_rounds: raise ValueError(f'schedule={self.schedule!r} does not prune in rounds: give one_shot, iterative or geometric')
         for name in ('arms', 'seeds'):
-            if not isinstance(getattr(self, name), Sequence) or isinstance(getattr(self, name), str): raise ValueError(f'{name}={getattr(self, name)!r} is no list')
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            values = getattr(self, name)
+            if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str): raise ValueError(f'{name}={values!r} is no list')
+            object.__setattr__(self, name, tuple(values))
         wrong = [a for a in self.arms if not isinstance(a, Arm)]
         if wrong or not self.arms: raise ValueError(f'arms={self.arms!r}: give arms like dense() and imp()')
         _refuse_twice('arms', [a.name for a in self.arms])
         other = next((a for a in self.arms for b in self.arms if a.of and a.of.name == b.name and a.of is not b), None)
         if other: raise ValueError(f'{other.name} is the control of another arm that is also called {other.of.name!r}: give both names')
         _refuse_twice('seeds', self.seeds)
-        wrong = [s for s in self.seeds if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 10**6]
+        wrong = [s for s in self.seeds if not is_whole(s) or s >= 10**6]
         if wrong or not self.seeds: raise ValueError(f'seeds={self.seeds!r}: give whole numbers from 0 to 999,999')
+        object.__setattr__(self, 'seeds', tuple(map(int, self.seeds)))
 
 def _refuse_twice(name, values):
     twice = [v for i, v in enumerate(values) if v in values[:i]]
@@ -165,7 +169,8 @@ class ExperimentPlan:
 
     @property
     def note(self):
-        took = '' if self.seconds is None or not self.left else f', about {self.left*self.seconds/60:.0f} minutes in one process'
+        minutes = self.left*(self.seconds or 0)/60
+        took = '' if not minutes else f', about {minutes:.0f} minutes in one process' if minutes >= 1.5 else f', about {60*minutes:.0f} seconds in one process'
         return f'{self.n_networks} networks from {len(self.rows)} segments, {self.epochs:g} epochs in all, {self.left:g} still to train{took}'
 
 # %% ../nbs/api/09f_experiment.ipynb #15b42fd0

@@ -20,6 +20,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import GetAttr, patch
 from torch import nn
 
+from .checks import is_whole
 from .mask import Mask
 from .rewind import Position, RandomState, Resume, check_loaders, loader_generator, unwrap
 from .sparsifier import Report, Sparsifier
@@ -148,7 +149,7 @@ class Seeded(Callback):
     def __init__(self,
         seed:int, # of the replicate, 0 or more
     ):
-        if not isinstance(seed, int) or seed < 0: raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
+        if not is_whole(seed): raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
         self.seed, self.epochs_done, self._began = seed, 0, False
 
     def before_fit(self):

@@ -9,12 +9,10 @@ __all__ = ['Recipe', 'fused_adam', 'digits_learner', 'imagenette_learner']
 
 # %% ../nbs/api/09a_recipe.ipynb #962a5086
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from numbers import Integral, Real
 from types import MappingProxyType
 
 import fastai.callback.fp16 # noqa: F401, it gives learners `to_bf16`
@@ -28,6 +26,7 @@ from torch import nn
 from torch.optim import AdamW
 from torchvision import models
 
+from .checks import is_number, is_whole
 from .fitting import set_generators
 from .cpu import FastCPU
 from .data import digits_dls, imagenette_dls
@@ -59,17 +58,14 @@ class Recipe:
 _ANNEAL = None, 'one_cycle', 'cos'
 _PRECISION = 'float32', 'bf16'
 
-def _is_whole(x, least): return isinstance(x, Integral) and not isinstance(x, bool) and x >= least
-def _is_rate(x): return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) and x > 0
-
 @patch
 def _check(self:Recipe):
     "Raise `ValueError` for what can be seen without calling the function."
     if not callable(self.learner) or isinstance(self.learner, (Learner, nn.Module)):
         raise ValueError(f'learner is a {type(self.learner).__name__}: must be a function that makes a Learner, a new one each time')
-    for name, ok, allowed in (('epochs', _is_whole(self.epochs, 1), 'a whole number from 1 up'), ('lr', _is_rate(self.lr), 'a number above 0'),
+    for name, ok, allowed in (('epochs', is_whole(self.epochs, 1), 'a whole number from 1 up'), ('lr', is_number(self.lr) and self.lr > 0, 'a number above 0'),
                               ('anneal', self.anneal in _ANNEAL, f'one of {_ANNEAL}'), ('precision', self.precision in _PRECISION, f'one of {_PRECISION}'),
-                              ('threads', _is_whole(self.threads, 1), 'a whole number from 1 up'), ('version', isinstance(self.version, str), 'a text'),
+                              ('threads', is_whole(self.threads, 1), 'a whole number from 1 up'), ('version', isinstance(self.version, str), 'a text'),
                               ('options', isinstance(self.options, Mapping), 'a dictionary of arguments for `learner`')):
         if not ok: raise ValueError(f'{name}={getattr(self, name)!r}: must be {allowed}')
     try: inspect.signature(self.learner).bind(**self.options)
@@ -100,7 +96,7 @@ def make(self:Recipe,
     seed:int, # of the replicate, 0 or more
 )->Learner: # untrained
     "Set all generators, and make a learner."
-    if not _is_whole(seed, 0): raise ValueError(f'seed={seed!r}: must be a whole number from 0 up')
+    if not is_whole(seed): raise ValueError(f'seed={seed!r}: must be a whole number from 0 up')
     set_generators(int(seed), 0)
     learn = self.learner(**deepcopy(dict(self.options)))
     if not isinstance(learn, Learner): raise ValueError(f'learner={_called(self.learner)} made a {type(learn).__name__}: must make a fastai Learner')
@@ -161,7 +157,7 @@ def digits_learner(
     wd:float|None=0., # weight decay; None for the optimizer's own, 0.01 for Adam and 0 for 'sgd'
 )->Learner:
     "Make a fully connected network on scikit-learn's digits: 64 pixels, 10 classes."
-    if not isinstance(hidden, Sequence) or not all(_is_whole(n, 1) for n in hidden): raise ValueError(f'hidden={hidden!r}: must be whole numbers above 0, one for each layer')
+    if not isinstance(hidden, Sequence) or not all(is_whole(n, 1) for n in hidden): raise ValueError(f'hidden={hidden!r}: must be whole numbers above 0, one for each layer')
     optimizer, sizes = _optimizer(opt, wd), (64, *hidden)
     layers = [layer for n, m in zip(sizes, hidden) for layer in (nn.Linear(n, m), nn.ReLU())]
     model = nn.Sequential(Flatten(), *layers, nn.Linear(sizes[-1], 10))

@@ -13,9 +13,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from numbers import Integral
 
 from fastcore.basics import patch
+
+from .checks import is_number, is_whole
 
 # %% ../nbs/api/01_schedule.ipynb #2bdced52
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def check_n_steps(
     n_steps:int, # how many prunings
 )->int: # the same number
     "Raise `ValueError` unless `n_steps` is a whole number above zero."
-    if isinstance(n_steps, bool) or not isinstance(n_steps, Integral) or n_steps < 1:
+    if not is_whole(n_steps, 1):
         raise ValueError(f'n_steps={n_steps!r} is not a number of prunings: give a whole number above 0')
     return int(n_steps)
 
@@ -77,7 +78,7 @@ class Geometric(Schedule):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 < self.rate < 100:
+        if not is_number(self.rate) or not 0 < self.rate < 100:
             raise ValueError(f'rate={self.rate!r} is not a percentage to cut each time: give a number between 0 and 100')
 
     def __call__(self,

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Real
 
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
 
+from .checks import is_number, is_whole
 from .criteria import get_criterion, large_final, scores
 from .granularity import check_granularity, followers, has_followers, layout, traced_calls, units
 from .mask import Mask, check_sparsity, cut_lowest, hold_bits, keep_bits, n_to_cut
@@ -45,13 +45,13 @@ def per_name(
     "Spell out a mapping from names or patterns; each must mean a weight that may be cut."
     owned = [(n, selection.weights[n], selection.modules[n]) for n in selection.weights]
     for k, v in values.items():
-        if isinstance(v, bool) or not isinstance(v, Real): raise ValueError(f'{argument}={{{k!r}: {v!r}}} is not a number')
+        if not is_number(v): raise ValueError(f'{argument}={{{k!r}: {v!r}}} is not a number')
     return {n: float(v) for k, v in values.items() for n in sorted(chosen_names(k, owned, argument))}
 
 def _check_rates(rates):
     "Raise `ValueError` unless rates are numbers from 0 up."
     for n, r in rates.items():
-        if not r >= 0 or math.isinf(r): raise ValueError(f'rates={{{n!r}: {r!r}}} is not a rate: give the percent of the others\' loss that this layer loses, 0 or more')
+        if r < 0: raise ValueError(f'rates={{{n!r}: {r!r}}} is not a rate: give the percent of the others\' loss that this layer loses, 0 or more')
     return rates
 
 # %% ../nbs/api/05_sparsifier.ipynb #1d4ece64
@@ -66,7 +66,7 @@ def _drawn_seed():
 def _seed_for(criterion, seed):
     "The seed that is given, or one that is drawn if the criterion needs it."
     if seed is None: return _drawn_seed() if 'uniform' in criterion.needs else None
-    if not isinstance(seed, Integral): raise ValueError(f'seed={seed!r} is not a whole number')
+    if not is_whole(seed): raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
     return int(seed)
 
 # %% ../nbs/api/05_sparsifier.ipynb #1672d85e
