@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
-from .checks import is_number
+from .checks import is_number, is_whole
 from .criteria import Criterion, get_criterion, large_final
 from .granularity import check_granularity
 from .naming import digest
@@ -248,16 +248,12 @@ def one_shot_ticket(
     return Arm(name or f'one shot → {rewind}' + (f', optimizer {optimizer}' if optimizer != 'fresh' else ''), make, rewind=rewind)
 
 # %% ../nbs/api/09b_arms.ipynb #a76994b6
-def _kept_weights(grid, seed, level, n_epochs, anneals, lr):
-    "Prune, keep the weights, train the last `n_epochs` again; level by level."
+def _lr_rewound(grid, seed, level, rewind):
+    "Prune, keep the weights, train again from a position on; level by level."
     if level == 0: return grid.dense(seed)
-    before = _kept_weights(grid, seed, level - 1, n_epochs, anneals, lr)
-    begin = grid.end - n_epochs(grid)
-    if begin % grid.n_batches or begin >= grid.end: raise ValueError(f'epochs={n_epochs(grid)/grid.n_batches:g} begins inside an epoch, where only a rewind point can: give whole epochs')
-    if begin < 0: raise ValueError(f'epochs={n_epochs(grid)/grid.n_batches:g} is more than the {grid.epochs} of a level')
-    span = grid.span if anneals else None
-    lr = lr or (None if span or not grid.anneals else grid.last_lr)
-    return State(Segment(seed, start=before, mask=grid.pruned(before, level), begin=begin, span=span, lr=None if lr == grid.lr else lr), grid.end)
+    before, begin = _lr_rewound(grid, seed, level - 1, rewind), rewind.batch(grid)
+    if begin % grid.n_batches: raise ValueError(f'lr_rewind to {rewind} begins inside an epoch, where only a rewind point can: give whole epochs')
+    return State(Segment(seed, start=before, mask=grid.pruned(before, level), begin=begin, span=grid.span), grid.end)
 
 def lr_rewind(
     rewind_epoch:float=0, # where learning rate and data order go back to, in epochs
@@ -265,8 +261,7 @@ def lr_rewind(
 )->Arm: # every level is a result
     "Prune, keep the weights, and train again from a position on. Source: Renda et al. 2020, section 2"
     rewind = _Rewind(rewind_epoch)
-    make = partial(_kept_weights, n_epochs=lambda grid: grid.end - rewind.batch(grid), anneals=True, lr=None)
-    return Arm(name or f'learning rate → {rewind}', make, 'baseline')
+    return Arm(name or f'learning rate → {rewind}', partial(_lr_rewound, rewind=rewind), 'baseline')
 
 # %% ../nbs/api/09b_arms.ipynb #7cb14666
 def _ticket_of(of, control):
@@ -274,23 +269,28 @@ def _ticket_of(of, control):
     if not isinstance(of, Arm) or of.kind not in ('ticket', 'baseline'): raise ValueError(f'{control}(of={of!r}): give the arm of a ticket, like imp()')
     return of
 
+def _finetuned(grid, seed, level, of, epochs, lr):
+    "Prune, keep the weights, and train on; level by level."
+    if level == 0: return grid.dense(seed)
+    before = _finetuned(grid, seed, level - 1, of, epochs, lr)
+    model = of.make(grid, seed, 1) if of and epochs is None else None
+    n = epochs or (math.ceil((model.batch - model.segment.begin)/grid.n_batches) if model else grid.epochs)
+    rate = lr or (grid.last_lr if grid.anneals else None)
+    segment = Segment(seed, start=before, mask=grid.pruned(before, level), begin=before.batch, lr=None if rate == grid.lr else rate)
+    return State(segment, before.batch + n*grid.n_batches)
+
 def finetune(
-    of:Arm|None=None, # train as many epochs a round as this ticket does
+    of:Arm|None=None, # train as many epochs a round as this ticket does, rounded up
     lr:float|None=None, # constant learning rate; default: what the recipe's schedule ends with
-    epochs:float|None=None, # epochs a round; default: those of the ticket, or T
+    epochs:int|None=None, # epochs a round; default: those of the ticket, or T
     name:str|None=None, # default: says what it is
 )->Arm: # every level is a result
-    "Prune, keep the weights, and train on at a constant rate. Source: Renda et al. 2020, section 2"
+    "Prune, keep the weights, and train on at a constant rate, on data in new order. Source: Renda et al. 2020, section 2"
     if lr is not None and not (is_number(lr) and lr > 0): raise ValueError(f'lr={lr!r} is not a learning rate: give a number above 0')
-    if epochs is not None and not (is_number(epochs) and epochs > 0): raise ValueError(f'epochs={epochs!r} is not a training length: give a number above 0')
+    if epochs is not None and not is_whole(epochs, 1): raise ValueError(f'epochs={epochs!r} is not a number of epochs: give a whole number above 0')
     if of is not None: _ticket_of(of, 'finetune')
-    lr = lr and float(lr)
-    def n_epochs(grid):
-        if epochs is not None or of is None: return grid.end if epochs is None else round(epochs*grid.n_batches)
-        state = of.make(grid, 0, 1)
-        return state.batch - state.segment.begin
-    return Arm(name or 'finetune' + (f' of {of.name}' if of else '') + (f', {epochs:g} epochs' if epochs else '') + (f' at {lr:g}' if lr else ''),
-               partial(_kept_weights, n_epochs=n_epochs, anneals=False, lr=lr), 'baseline', of)
+    make = partial(_finetuned, of=of, epochs=epochs and int(epochs), lr=lr and float(lr))
+    return Arm(name or 'finetune' + (f' of {of.name}' if of else '') + (f', {epochs} epochs' if epochs else '') + (f' at {lr:g}' if lr else ''), make, 'baseline', of)
 
 # %% ../nbs/api/09b_arms.ipynb #ebda80c4
 def _control(of, name, given, make, levels):

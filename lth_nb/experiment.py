@@ -349,7 +349,7 @@ def ticket(self:Experiment,
     level, seed = levels[-1] if level is None else level, self.seeds[0] if seed is None else seed
     if level not in levels: raise ValueError(f'level={level!r} of {found.name} is not in this experiment, which has {levels}')
     store, segment = Store(Path(path).absolute(), self._seen[1]), found.make(self.grid, seed, level).segment
-    if segment.start is not None and segment.start.batch != segment.begin: raise ValueError(f'arm={found.name!r} keeps its trained weights: it has no rewind point to make a ticket of')
+    if segment.start is not None and segment.start.batch >= self.grid.end: raise ValueError(f'arm={found.name!r} keeps its trained weights: it has no rewind point to make a ticket of')
     if segment.mask is None: raise ValueError(f'arm={found.name!r} is not pruned: there is no ticket in it')
     if not store.mask_file(segment.mask).exists(): raise ValueError(f'path={str(path)!r} has no network of {found.name}, level {level}, seed {seed} yet: run the experiment')
     if not all(map(store.has, needs(replace(segment, mask=None)))): raise ValueError(f'path={str(path)!r} has not kept the weights that {found.name} starts from: run it in a new folder with keep_states=True')

@@ -89,10 +89,16 @@ def test_rounds_end_at_T_or_after_T_epochs():
     assert {s.segment.begin for s in states(imp(rewind_step=13, full_epochs=True))} == {13}
 
 
-def test_learning_rate_rewinding_and_fine_tuning_are_one_where_the_rate_is_constant():
-    assert states(lr_rewind(1)) == states(finetune(of=T1)) == states(finetune(epochs=4)) == states(finetune(of=T1, lr=1e-3)) != states(finetune(of=T1, lr=2e-3))
+def test_learning_rate_rewinding_goes_back_and_fine_tuning_goes_on():
+    "Images that are cut out at random are others in each epoch: who trained on those of the first five in every round would see no others."
+    assert [(s.segment.begin, s.batch) for s in states(lr_rewind(1))] == [(10, 50)]*3 and [(s.segment.begin, s.batch) for s in states(finetune(of=T1))] == [(50, 90), (90, 130), (130, 170)]
     a, b = states(lr_rewind(1), grid=ANNEALED), states(finetune(of=T1), grid=ANNEALED)
-    assert not {*a} & {*b} and {s.segment.span for s in a} == {5} and {(s.segment.span, s.segment.lr) for s in b} == {(None, 1e-5)}
+    assert {s.segment.span for s in a} == {5} and {(s.segment.span, s.segment.lr) for s in b} == {(None, 1e-5)}
+
+
+def test_fine_tuning_takes_the_epochs_of_the_ticket_in_whole():
+    assert states(finetune(of=T1)) == states(finetune(epochs=4)) == states(finetune(of=T1, lr=1e-3)) == states(finetune(of=imp(rewind_step=13))) != states(finetune(of=T1, lr=2e-3))
+    assert states(finetune()) == states(finetune(of=T0)) == states(finetune(of=imp(1, full_epochs=True))) and states(finetune(epochs=7))[0].batch == 50 + 70
 
 
 def test_masks_build_on_the_level_before_or_on_dense():
@@ -122,7 +128,7 @@ def test_the_long_dense_run_anneals_over_its_own_length():
 # ------------------------------------------------------------------ what they cost
 
 COSTS = {'the blog, ending at T': ([dense(), T0, T1], 32), 'the blog, full epochs': ([dense(), T0, imp(1, full_epochs=True)], 35), 'dense': ([dense()], 5), 'ticket': ([T0], 20), 'inside an epoch': ([imp(rewind_step=3)], 5 + 3*4.7),
-         'at once': ([one_shot_ticket(1)], 17), 'long': ([dense_long(of=T1)], 17), 'all levels': ([T0, reinit(of=T0, levels='all')], 35), 'untrained': ([supermask(of=T0)], 15), 'both': ([lr_rewind(2), finetune(epochs=3)], 14),
+         'at once': ([one_shot_ticket(1)], 17), 'long': ([dense_long(of=T1)], 17), 'all levels': ([T0, reinit(of=T0, levels='all')], 35), 'untrained': ([supermask(of=T0)], 15), 'both': ([lr_rewind(2), finetune(epochs=3)], 5 + 2*9),
          'shared rewind points': ([T1, imp(1, optimizer='restore'), imp(1, optimizer='keep')], 5 + 9*4), 'two controls': ([T1, shuffled(of=T1), random_mask(of=T1)], 17 + 8)}
 
 
@@ -169,7 +175,7 @@ WRONG = {
     'step below 0': (lambda: imp(rewind_step=-3), 'rewind_step=-3'), 'step not whole': (lambda: one_shot_ticket(rewind_step=1.5), 'rewind_step=1.5'), 'step text': (lambda: imp(rewind_step='a'), "rewind_step='a'"),
     'step True': (lambda: imp(rewind_step=True), 'rewind_step=True'), 'optimizer': (lambda: imp(optimizer='reset'), "optimizer='reset' is not a choice"), 'optimizer at once': (lambda: one_shot_ticket(optimizer=None), 'optimizer=None'),
     'lr below 0': (lambda: finetune(lr=-1), 'lr=-1'), 'lr 0': (lambda: finetune(lr=0), 'lr=0'), 'lr nan': (lambda: finetune(lr=math.nan), 'lr=nan'), 'lr text': (lambda: finetune(lr='1e-3'), "lr='1e-3'"),
-    'epochs 0': (lambda: finetune(epochs=0), 'epochs=0'), 'epochs below 0': (lambda: finetune(epochs=-1), 'epochs=-1'), 'epochs text': (lambda: finetune(epochs='2'), "epochs='2'"),
+    'epochs 0': (lambda: finetune(epochs=0), 'epochs=0'), 'epochs below 0': (lambda: finetune(epochs=-1), 'epochs=-1'), 'epochs text': (lambda: finetune(epochs='2'), "epochs='2'"), 'part of an epoch': (lambda: finetune(epochs=1.5), 'epochs=1.5 .* give a whole number'),
     'fine-tuning of dense': (lambda: finetune(of=dense()), 'of='), 'fine-tuning of a name': (lambda: finetune(of='imp'), "of='imp'"),
     'lr_rewind': (lambda: lr_rewind(-1), 'rewind_epoch=-1'),
     **{f'{control.__name__} of {what}': (lambda control=control, of=of: control(of=of), 'of=.*give the arm of a ticket')

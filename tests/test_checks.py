@@ -12,13 +12,13 @@ def experiment(*arms, seeds=(0,)): return Experiment(RECIPE, [dense(), *arms], i
 
 TAKEN = {
     'rewind_step': lambda number: imp(rewind_step=number(37)), 'rewind_epoch': lambda number: imp(rewind_epoch=number(1)), 'lr': lambda number: finetune(lr=number(1)),
-    'epochs': lambda number: finetune(epochs=number(1)), 'rate': lambda number: geometric(rate=number(20)), 'start_epoch': lambda number: callback(start_epoch=number(2)),
+    'rate': lambda number: geometric(rate=number(20)), 'start_epoch': lambda number: callback(start_epoch=number(2)),
     'step of the callback': lambda number: callback(rewind_step=number(2)), 'epoch of the callback': lambda number: callback(rewind_epoch=number(1)),
     'sparsity': lambda number: Experiment(RECIPE, [dense()], sparsity=number(50)), 'lr of a recipe': lambda number: Recipe(digits_learner, epochs=2, lr=number(1)),
 }
 WHOLE = {
     'seed': lambda number: Seeded(number(3)), 'seeds': lambda number: experiment(seeds=[number(0)]), 'n_steps': lambda number: iterative(number(2)),
-    'epochs of a recipe': lambda number: Recipe(digits_learner, epochs=number(2)),
+    'epochs': lambda number: finetune(epochs=number(1)), 'epochs of a recipe': lambda number: Recipe(digits_learner, epochs=number(2)),
 }
 
 
