@@ -7,7 +7,8 @@
 A seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
 a run that was stopped goes on. Recipes and questions were fixed before the first run, with these exceptions: that the post trains on mirrored and
 cropped images, which its text does not say and its notebook does, was found when four of five seeds of `plain` and two of three of `plain_one_cycle` had been
-run as the blog's recipe; those stay as they are, and the others take it. `ahead` and `masks.csv` ask
+run as the blog's recipe; those stay as they are, and the others take it. Fine-tuning trained on the order and the cuts of the first five epochs in every
+round, until its first seed had a lower training loss than longer training and a higher one in validation; it was mended in the library and run anew. `ahead` and `masks.csv` ask
 what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did. That `far` and `128px` compute in bfloat16 was decided
 when two seeds of `bf16` had been run, and before anything of theirs.
 """

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
-from .checks import is_number, is_whole
+from .checks import as_list, is_number, is_whole, plain
 from .criteria import Criterion, get_criterion, large_final
 from .granularity import check_granularity
 from .naming import digest
@@ -175,10 +175,10 @@ class Arm:
         "The levels that are asked for, as numbers."
         if self.kind == 'dense': return [0]
         known = list(range(0 if self.kind == 'twin' else 1, len(grid.sparsities) + 1))
-        chosen = {'all': known, 'last': known[-1:]}.get(self.levels) if isinstance(self.levels, str) else self.levels
-        if not isinstance(chosen, Sequence) or not chosen or any(type(l) is not int or l not in known for l in chosen):
+        chosen = {'all': known, 'last': known[-1:]}.get(self.levels) if isinstance(self.levels, str) else as_list(self.levels)
+        if not chosen or any(not is_whole(l) or l not in known for l in chosen):
             raise ValueError(f"levels={self.levels!r} of {self.name}: there are levels {known[0]} to {known[-1]}; give a list of some of them, 'all' or 'last'")
-        return list(chosen)
+        return [int(l) for l in chosen]
 
 # %% ../nbs/api/09b_arms.ipynb #5952e659
 def _dense(grid, seed, level): return grid.dense(seed)
@@ -196,15 +196,16 @@ class _Rewind:
 
     def __post_init__(self):
         if self.step is not None and self.epoch: raise ValueError(f'rewind_epoch={self.epoch!r} and rewind_step={self.step!r} both say where to rewind to: give one')
-        for name, value in (('rewind_epoch', self.epoch), ('rewind_step', self.step or 0)):
-            if not is_number(value) or value < 0: raise ValueError(f'{name}={value!r} is not a position: give 0 or more')
+        for name, value in (('rewind_epoch', self.epoch), ('rewind_step', 0 if self.step is None else self.step)):
+            if not is_number(value, 0): raise ValueError(f'{name}={value!r} is not a position: give 0 or more')
         if self.step is not None and self.step % 1: raise ValueError(f'rewind_step={self.step!r} is not a whole number of steps')
+        vars(self).update(epoch=plain(self.epoch), step=None if self.step is None else int(self.step))
 
     def __str__(self): return f'step {self.step}' if self.step is not None else f'epoch {self.epoch:g}' if self.epoch else 'initialisation'
 
     def batch(self, grid):
         "The position in batches, which must lie within the training."
-        at = int(self.step) if self.step is not None else math.floor(self.epoch*grid.n_batches + .5)
+        at = self.step if self.step is not None else math.floor(self.epoch*grid.n_batches + .5)
         if at >= grid.end: raise ValueError(f'rewinding to {self} leaves nothing of {grid.epochs} epochs of {grid.n_batches} steps: rewind to an earlier point')
         return at
 
@@ -269,12 +270,17 @@ def _ticket_of(of, control):
     if not isinstance(of, Arm) or of.kind not in ('ticket', 'baseline'): raise ValueError(f'{control}(of={of!r}): give the arm of a ticket, like imp()')
     return of
 
+def _epochs_a_round(grid, seed, of):
+    ticket = of.make(grid, seed, 1)
+    found = math.ceil((ticket.batch - ticket.segment.begin)/grid.n_batches)
+    if not found: raise ValueError(f'of={of.name} is not trained: say by epochs= how many to train')
+    return found
+
 def _finetuned(grid, seed, level, of, epochs, lr):
     "Prune, keep the weights, and train on; level by level."
     if level == 0: return grid.dense(seed)
     before = _finetuned(grid, seed, level - 1, of, epochs, lr)
-    model = of.make(grid, seed, 1) if of and epochs is None else None
-    n = epochs or (math.ceil((model.batch - model.segment.begin)/grid.n_batches) if model else grid.epochs)
+    n = epochs or (_epochs_a_round(grid, seed, of) if of else grid.epochs)
     rate = lr or (grid.last_lr if grid.anneals else None)
     segment = Segment(seed, start=before, mask=grid.pruned(before, level), begin=before.batch, lr=None if rate == grid.lr else rate)
     return State(segment, before.batch + n*grid.n_batches)
@@ -286,11 +292,12 @@ def finetune(
     name:str|None=None, # default: says what it is
 )->Arm: # every level is a result
     "Prune, keep the weights, and train on at a constant rate, on data in new order. Source: Renda et al. 2020, section 2"
-    if lr is not None and not (is_number(lr) and lr > 0): raise ValueError(f'lr={lr!r} is not a learning rate: give a number above 0')
-    if epochs is not None and not is_whole(epochs, 1): raise ValueError(f'epochs={epochs!r} is not a number of epochs: give a whole number above 0')
+    if lr is not None and not (is_number(lr, 0) and lr): raise ValueError(f'lr={lr!r} is not a learning rate: give a number above 0')
+    if epochs is not None and not is_whole(epochs, 1): raise ValueError(f'epochs={epochs!r} is not a number of epochs: give a whole number from 1 up')
     if of is not None: _ticket_of(of, 'finetune')
-    make = partial(_finetuned, of=of, epochs=epochs and int(epochs), lr=lr and float(lr))
-    return Arm(name or 'finetune' + (f' of {of.name}' if of else '') + (f', {epochs} epochs' if epochs else '') + (f' at {lr:g}' if lr else ''), make, 'baseline', of)
+    lr, epochs = lr and float(lr), epochs and int(epochs)
+    return Arm(name or 'finetune' + (f' of {of.name}' if of else '') + (f', {epochs} epochs' if epochs else '') + (f' at {lr:g}' if lr else ''),
+               partial(_finetuned, of=of, epochs=epochs, lr=lr), 'baseline', of)
 
 # %% ../nbs/api/09b_arms.ipynb #ebda80c4
 def _control(of, name, given, make, levels):

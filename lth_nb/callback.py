@@ -18,7 +18,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
 
-from .checks import is_number
+from .checks import is_number, plain
 from .criteria import get_criterion, large_final
 from .fitting import MaskCallback, PathCallback, Seeded, one_input, stateful_loss
 from .granularity import check_granularity, has_followers
@@ -69,14 +69,15 @@ def _check_arguments(self:SparsifyCallback):
     check_granularity(self.granularity); get_criterion(self.criteria); check_optimizer_choice(self.optimizer)
     if not isinstance(self.schedule, Schedule): raise ValueError(f'schedule={self.schedule!r} is not a schedule: give one like iterative or agp')
     for name in ('start_epoch', 'rewind_epoch'):
-        if not is_number(getattr(self, name)) or getattr(self, name) < 0: raise ValueError(f'{name}={getattr(self, name)!r} is not a number of epochs: give 0 or more')
+        if not is_number(getattr(self, name), 0): raise ValueError(f'{name}={getattr(self, name)!r} is not a number of epochs: give 0 or more')
+        setattr(self, name, plain(getattr(self, name)))
     self._check_rewind()
 
 @patch
 def _check_rewind(self:SparsifyCallback):
     "Raise `ValueError` if what is asked of rewinding contradicts itself."
     step = self.rewind_step
-    if step is not None and (not is_number(step) or step < 0 or step % 1): raise ValueError(f'rewind_step={step!r} is not a number of steps: give a whole number from 0 up')
+    if step is not None and (not is_number(step, 0) or step % 1): raise ValueError(f'rewind_step={step!r} is not a number of steps: give a whole number from 0 up')
     if step is not None and self.rewind_epoch: raise ValueError(f'rewind_step={step} and rewind_epoch={self.rewind_epoch} both say where to rewind to: give one')
     if (self.rewind_epoch or step) and not (self.lth or self.reset_end): raise ValueError('a rewind point needs lth=True, or reset_end=True')
     if self.lth and not self.schedule.in_rounds:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import joblib
-import numpy as np
 import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 # %% ../nbs/api/09f_experiment.ipynb #94af0cf9
 from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, State, graph, n_trained, needs
-from .checks import is_whole
+from .checks import as_list, is_whole
 from .cpu import FastCPU
 from .files import written
 from .granularity import has_followers
@@ -63,8 +62,8 @@ class Experiment:
         if not isinstance(self.pruning, Pruning): raise ValueError(f'pruning={self.pruning!r}: give Pruning(…)')
         if not isinstance(self.schedule, Schedule) or not self.schedule.in_rounds: raise ValueError(f'schedule={self.schedule!r} does not prune in rounds: give one_shot, iterative or geometric')
         for name in ('arms', 'seeds'):
-            values = getattr(self, name)
-            if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str): raise ValueError(f'{name}={values!r} is no list')
+            values = as_list(getattr(self, name))
+            if values is None: raise ValueError(f'{name}={getattr(self, name)!r} is no list')
             object.__setattr__(self, name, tuple(values))
         wrong = [a for a in self.arms if not isinstance(a, Arm)]
         if wrong or not self.arms: raise ValueError(f'arms={self.arms!r}: give arms like dense() and imp()')
@@ -169,8 +168,8 @@ class ExperimentPlan:
 
     @property
     def note(self):
-        minutes = self.left*(self.seconds or 0)/60
-        took = '' if not minutes else f', about {minutes:.0f} minutes in one process' if minutes >= 1.5 else f', about {60*minutes:.0f} seconds in one process'
+        seconds = self.left*(self.seconds or 0)
+        took = '' if not seconds else f', about {seconds:.2g} seconds in one process' if seconds < 90 else f', about {seconds/60:.0f} minutes in one process'
         return f'{self.n_networks} networks from {len(self.rows)} segments, {self.epochs:g} epochs in all, {self.left:g} still to train{took}'
 
 # %% ../nbs/api/09f_experiment.ipynb #15b42fd0
@@ -347,9 +346,11 @@ def ticket(self:Experiment,
     if found is None: raise ValueError(f'arm={arm!r} is not in this experiment, which has {", ".join(a.name for a in self.arms)}')
     levels = found.levels_in(self.grid)
     level, seed = levels[-1] if level is None else level, self.seeds[0] if seed is None else seed
-    if level not in levels: raise ValueError(f'level={level!r} of {found.name} is not in this experiment, which has {levels}')
+    if not is_whole(level) or level not in levels: raise ValueError(f'level={level!r} of {found.name} is not in this experiment, which has {levels}')
+    if not is_whole(seed): raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
+    level, seed = int(level), int(seed)
     store, segment = Store(Path(path).absolute(), self._seen[1]), found.make(self.grid, seed, level).segment
-    if segment.start is not None and segment.start.batch >= self.grid.end: raise ValueError(f'arm={found.name!r} keeps its trained weights: it has no rewind point to make a ticket of')
+    if segment.start is not None and (segment.start.batch != segment.begin or segment.start in needs(segment.mask)): raise ValueError(f'arm={found.name!r} keeps its trained weights: it has no rewind point to make a ticket of')
     if segment.mask is None: raise ValueError(f'arm={found.name!r} is not pruned: there is no ticket in it')
     if not store.mask_file(segment.mask).exists(): raise ValueError(f'path={str(path)!r} has no network of {found.name}, level {level}, seed {seed} yet: run the experiment')
     if not all(map(store.has, needs(replace(segment, mask=None)))): raise ValueError(f'path={str(path)!r} has not kept the weights that {found.name} starts from: run it in a new folder with keep_states=True')

@@ -150,7 +150,7 @@ class Seeded(Callback):
         seed:int, # of the replicate, 0 or more
     ):
         if not is_whole(seed): raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
-        self.seed, self.epochs_done, self._began = seed, 0, False
+        self.seed, self.epochs_done, self._began = int(seed), 0, False
 
     def before_fit(self):
         "Refuse a loader whose generators are out of reach."

@@ -19,8 +19,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .checks import is_number
-
 # %% ../nbs/api/02_mask.ipynb #c018eeb6
 def check_sparsity(
     sparsity:float, # percent of the prunable weights to cut, 0 to 100
@@ -28,11 +26,13 @@ def check_sparsity(
     warn:bool=True, # warn about what looks like a share?
 )->float: # the same number, as a float
     "Return `sparsity` if it is a percentage, raise `ValueError` if it is not, warn if it looks like a share."
-    if not is_number(sparsity) or not 0 <= sparsity <= 100:
+    try: value = math.nan if isinstance(sparsity, (str, bool, np.bool_)) else float(sparsity)
+    except (TypeError, ValueError): value = math.nan
+    if not 0 <= value <= 100:
         raise ValueError(f'{name}={sparsity!r} is not a percentage: give a number from 0 to 100')
-    if warn and 0 < sparsity < 1:
-        warnings.warn(f'{name}={sparsity!r} means {sparsity:g} % of the weights; for a share of {sparsity:g} give {100*sparsity:g}', stacklevel=3)
-    return float(sparsity)
+    if warn and 0 < value < 1:
+        warnings.warn(f'{name}={sparsity!r} means {value:g} % of the weights; for a share of {value:g} give {100*value:g}', stacklevel=3)
+    return value
 
 # %% ../nbs/api/02_mask.ipynb #eb478645
 def n_to_cut(

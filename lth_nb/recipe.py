@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import AdamW
 from torchvision import models
 
-from .checks import is_number, is_whole
+from .checks import as_list, is_number, is_whole
 from .fitting import set_generators
 from .cpu import FastCPU
 from .data import digits_dls, imagenette_dls
@@ -63,7 +63,7 @@ def _check(self:Recipe):
     "Raise `ValueError` for what can be seen without calling the function."
     if not callable(self.learner) or isinstance(self.learner, (Learner, nn.Module)):
         raise ValueError(f'learner is a {type(self.learner).__name__}: must be a function that makes a Learner, a new one each time')
-    for name, ok, allowed in (('epochs', is_whole(self.epochs, 1), 'a whole number from 1 up'), ('lr', is_number(self.lr) and self.lr > 0, 'a number above 0'),
+    for name, ok, allowed in (('epochs', is_whole(self.epochs, 1), 'a whole number from 1 up'), ('lr', is_number(self.lr, 0) and self.lr, 'a number above 0'),
                               ('anneal', self.anneal in _ANNEAL, f'one of {_ANNEAL}'), ('precision', self.precision in _PRECISION, f'one of {_PRECISION}'),
                               ('threads', is_whole(self.threads, 1), 'a whole number from 1 up'), ('version', isinstance(self.version, str), 'a text'),
                               ('options', isinstance(self.options, Mapping), 'a dictionary of arguments for `learner`')):
@@ -157,9 +157,9 @@ def digits_learner(
     wd:float|None=0., # weight decay; None for the optimizer's own, 0.01 for Adam and 0 for 'sgd'
 )->Learner:
     "Make a fully connected network on scikit-learn's digits: 64 pixels, 10 classes."
-    if not isinstance(hidden, Sequence) or not all(is_whole(n, 1) for n in hidden): raise ValueError(f'hidden={hidden!r}: must be whole numbers above 0, one for each layer')
-    optimizer, sizes = _optimizer(opt, wd), (64, *hidden)
-    layers = [layer for n, m in zip(sizes, hidden) for layer in (nn.Linear(n, m), nn.ReLU())]
+    if (widths := as_list(hidden)) is None or not all(is_whole(n, 1) for n in widths): raise ValueError(f'hidden={hidden!r}: must be whole numbers above 0, one for each layer')
+    optimizer, sizes = _optimizer(opt, wd), (64, *widths)
+    layers = [layer for n, m in zip(sizes, widths) for layer in (nn.Linear(n, m), nn.ReLU())]
     model = nn.Sequential(Flatten(), *layers, nn.Linear(sizes[-1], 10))
     return Learner(digits_dls(bs), model, metrics=accuracy, **optimizer)
 

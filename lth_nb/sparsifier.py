@@ -45,7 +45,7 @@ def per_name(
     "Spell out a mapping from names or patterns; each must mean a weight that may be cut."
     owned = [(n, selection.weights[n], selection.modules[n]) for n in selection.weights]
     for k, v in values.items():
-        if not is_number(v): raise ValueError(f'{argument}={{{k!r}: {v!r}}} is not a number')
+        if not is_number(v): raise ValueError(f'{argument}={{{k!r}: {v!r}}} is not a finite number')
     return {n: float(v) for k, v in values.items() for n in sorted(chosen_names(k, owned, argument))}
 
 def _check_rates(rates):
@@ -66,7 +66,7 @@ def _drawn_seed():
 def _seed_for(criterion, seed):
     "The seed that is given, or one that is drawn if the criterion needs it."
     if seed is None: return _drawn_seed() if 'uniform' in criterion.needs else None
-    if not is_whole(seed): raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
+    if not is_whole(seed, -2**63): raise ValueError(f'seed={seed!r} is not a whole number')
     return int(seed)
 
 # %% ../nbs/api/05_sparsifier.ipynb #1672d85e

@@ -23,6 +23,7 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor, nn
 
 import lth_nb
+from .checks import is_whole
 from .files import written
 from .granularity import units
 from .mask import Mask
@@ -125,13 +126,13 @@ def from_sparsifier(cls:Ticket,
 )->Ticket: # which nothing that happens to the model changes any more
     "Make a ticket of a sparsifier's mask and a rewind point."
     if not isinstance(point, RewindPoint): raise ValueError(f'point={type(point).__name__}(…) is no rewind point: give one, from take()')
-    if not (seed is None or type(seed) is int): raise ValueError(f'seed={seed!r} is not a whole number')
+    if not (seed is None or is_whole(seed)): raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
     point.model.check(sparsifier.model)
     mask, tied = sparsifier.mask.to('cpu'), _tied(sparsifier)
     tensors = {n: t.cpu() for n, t in point.tensors.items()}
     for n, keep in mask.items(): tensors[tied.get(n, n)] = tensors[tied.get(n, n)].masked_fill(~keep, 0)
     sparsity = {n: 100*(1 - mask.kept_in(n)/t.numel()) for n, t in mask.weights.items()}
-    provenance = dict(lth_nb=lth_nb.__version__, torch=str(torch.__version__), recipe=_as_json(recipe, 'recipe'), seed=seed, position=asdict(point.position),
+    provenance = dict(lth_nb=lth_nb.__version__, torch=str(torch.__version__), recipe=_as_json(recipe, 'recipe'), seed=seed if seed is None else int(seed), position=asdict(point.position),
                       sparsity=sparsity, rewind_sha256=state_hash(point.model), notes=dict(sparsifier.notes), tied=tied, sparsifier=_settings(sparsifier))
     return cls(mask, ModelState(tensors, point.model.extra), provenance)
 

@@ -19,7 +19,7 @@ from helpers_experiment import differences, left, of_points, points, seed_inside
 from helpers_fastai import generators_kept, small_dls, small_model
 from torch import nn
 
-from lth_nb.arms import dense, dense_long, finetune, imp, lr_rewind, reinit
+from lth_nb.arms import dense, dense_long, finetune, imp, lr_rewind, reinit, shuffled
 from lth_nb.callback import SparsifyCallback
 from lth_nb.cpu import FastCPU
 from lth_nb.fitting import Seeded
@@ -208,13 +208,14 @@ def test_left_over_files_of_a_killed_process_are_removed(tmp_path):
 def test_tickets_say_from_which_seed_they_can_be_rebuilt(tmp_path):
     t, kept = imp(name='t'), finetune(name='kept')
     fresh = reinit(of=t, name='fresh')
-    exp = Experiment(of_points(1), [dense(), t, fresh, kept], one_shot, 50, (0,))
+    exp = Experiment(of_points(1), [dense(), t, fresh, kept, back := lr_rewind(name='back'), moved := shuffled(of=kept)], one_shot, 50, (0,))
     exp.run(tmp_path, progress=False)
     for arm in (t, fresh):
         ticket = exp.ticket(tmp_path, arm)
         small_file = Ticket.load(ticket.save(tmp_path/'seed.safetensors', weights='seed'))
         small_file.apply(exp.recipe.make(small_file.provenance['seed']).model)
-    with pytest.raises(ValueError, match='keeps its trained weights'): exp.ticket(tmp_path, kept)
+    for arm in (kept, back, moved):
+        with pytest.raises(ValueError, match='keeps its trained weights'): exp.ticket(tmp_path, arm)
 
 
 @pytest.mark.parametrize('of, epochs', [(lr_rewind(1), 1), (imp(rewind_epoch=1), 1), (imp(rewind_epoch=1, full_epochs=True), 2), (imp(), 2)], ids=str)
