@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from fastcore.basics import listify, patch
 
+from .checks import as_list
 from .files import written
 from .mask import Mask
 
@@ -169,7 +170,7 @@ def only(self:Results,
     seeds:int|Iterable|None=None, # one or several seeds; default: all
 )->Results:
     "Keep some of the arms, levels or seeds."
-    wanted = {k: listify(v) for k, v in dict(arm=arms, level=levels, seed=seeds).items() if v is not None}
+    wanted = {k: listify(v) if as_list(v) is None else as_list(v) for k, v in dict(arm=arms, level=levels, seed=seeds).items() if v is not None}
     for k, values in wanted.items():
         there = list(dict.fromkeys(r[k] for r in self.rows + self.failed if r.get(k) is not None))
         unknown = [v for v in values if v not in there]

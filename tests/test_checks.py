@@ -58,7 +58,8 @@ def test_arrays_and_columns_are_lists(array):
 
 def test_a_ticket_by_numbers_of_a_table(tmp_path):
     exp = experiment(imp())
-    exp.run(tmp_path, 1, progress=False)
+    found = exp.run(tmp_path, 1, progress=False)
+    assert found.only(seeds=found.frame.seed.unique(), levels=found.frame.level).rows == found.rows
     assert exp.ticket(tmp_path, exp.arms[1], np.int64(2), np.int64(0)).mask == exp.ticket(tmp_path, exp.arms[1], 2, 0).mask
     with pytest.raises(ValueError, match='level=True'): exp.ticket(tmp_path, exp.arms[1], True)
     with pytest.raises(ValueError, match='seed=False'): exp.ticket(tmp_path, exp.arms[1], 2, False)
