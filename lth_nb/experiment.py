@@ -75,6 +75,7 @@ class Experiment:
         if wrong or not self.seeds: raise ValueError(f'seeds={self.seeds!r}: give whole numbers from 0 to 999,999')
         object.__setattr__(self, 'seeds', tuple(map(int, self.seeds)))
 
+# %% ../nbs/api/09f_experiment.ipynb #183a3f9f
 def _refuse_twice(name, values):
     twice = [v for i, v in enumerate(values) if v in values[:i]]
     if twice: raise ValueError(f'{name} has {twice[0]!r} twice: each needs a name of its own')
