@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lth_nb.arms import (Anywhere, Grid, Pruned, Pruning, Segment, Shuffled, State, dense, dense_long, finetune, graph, imp, lr_rewind, n_trained, needs,
+from lth_nb.arms import (Anywhere, Arm, Grid, Pruned, Pruning, Segment, Shuffled, State, dense, dense_long, finetune, graph, imp, lr_rewind, n_trained, needs,
                          one_shot_ticket, random_mask, reinit, shuffled, supermask)
 from lth_nb.criteria import criterion
 from lth_nb.schedule import geometric, iterative
@@ -99,6 +99,12 @@ def test_learning_rate_rewinding_goes_back_and_fine_tuning_goes_on():
 def test_fine_tuning_takes_the_epochs_of_the_ticket_in_whole():
     assert states(finetune(of=T1)) == states(finetune(epochs=4)) == states(finetune(of=T1, lr=1e-3)) == states(finetune(of=imp(rewind_step=13))) != states(finetune(of=T1, lr=2e-3))
     assert states(finetune()) == states(finetune(of=T0)) == states(finetune(of=imp(1, full_epochs=True))) and states(finetune(epochs=7))[0].batch == 50 + 70
+
+
+def test_fine_tuning_of_what_is_not_trained_asks_for_epochs():
+    own = Arm('own', lambda grid, seed, level: State(Segment(seed, mask=T0.make(grid, seed, level).segment.mask), 0))
+    with pytest.raises(ValueError, match='of=own is not trained: say by epochs='): states(finetune(of=own))
+    assert states(finetune(of=own, epochs=2))[0].batch == 50 + 20
 
 
 def test_masks_build_on_the_level_before_or_on_dense():
