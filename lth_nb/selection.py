@@ -71,6 +71,8 @@ def chosen_names(
     for choice in (list(choices) if isinstance(choices, (list, tuple, set)) else [choices]):
         if not isinstance(choice, (str, type)): raise ValueError(f'{argument}={choice!r} is neither a type nor a name or pattern')
         names = [n for n, p, m in owned if _matches(choice, n, p, m)]
+        if isinstance(choice, str) and (argument == 'ignore' or not names): # all of a module, also what is not cut by default
+            names += [n for n, p, m in owned if n.startswith(choice + '.') and _has_shape(n, p, m)]
         if not names:
             known = ', '.join(n for n, p, m in owned if p.ndim > 1)
             raise ValueError(f'{argument}={choice!r} means no weight of this model, which has {known[:300]}')
@@ -95,8 +97,8 @@ def prunable(
         if id(p) in spared: notes[n] = f'tied to {spared[id(p)]}, which is ignored'
         elif not p.requires_grad: notes[n] = 'frozen, so it is not cut'
         elif not p.numel(): notes[n] = 'empty'
-        elif id(p) in seen: notes[n] = f'tied to {seen[id(p)]}, and counted there'
-        else: weights[n], modules[n], seen[id(p)] = p, m, n
+        elif id(p) not in seen: weights[n], modules[n], seen[id(p)] = p, m, n
+    notes |= {n: f'tied to {seen[id(p)]}, and counted there' for n, p, _ in owned if n not in weights and id(p) in seen}
     for prefix, m in unwrap(model).named_modules():
         for n in [*_computed(m), *getattr(m, 'parametrizations', ())] if isinstance(m, _prunable_types) else ():
             if 'weight' in n: notes[f'{prefix}.{n}'.lstrip('.')] = 'not cut, since it is computed from others (parametrized, or by weight_norm, spectral_norm or prune)'

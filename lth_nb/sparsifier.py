@@ -70,6 +70,13 @@ def _seed_for(criterion, seed):
     return int(seed)
 
 # %% ../nbs/api/05_sparsifier.ipynb #1672d85e
+def _selected_by(mask, model, ignore):
+    "The weights that a given mask is for."
+    if not isinstance(mask, Mask): raise ValueError(f'mask is a {type(mask).__name__}: give a Mask, as by Mask({{name: tensor}})')
+    lacking = [n for n in mask.weights if n not in _all_names(model)]
+    if lacking: raise ValueError(f'the mask has {lacking[0]}, which is no weight of this model')
+    return prunable(model, list(mask.weights), ignore)
+
 class Sparsifier:
     "Cut the lowest weights of a model, and hold them at zero."
     def __init__(self,
@@ -88,7 +95,7 @@ class Sparsifier:
         self.model, self.granularity = model, check_granularity(granularity)
         self.context, self.criterion = check_context(context, granularity), get_criterion(criteria)
         self.allow_empty = allow_empty or granularity == 'layer'
-        self.selection = prunable(model, list(mask.weights) if mask is not None else layers, ignore)
+        self.selection = prunable(model, layers, ignore) if mask is None else _selected_by(mask, model, ignore)
         self.units = {n: units(granularity, m, self.weights[n], n) for n, m in self.selection.modules.items()}
         self.rates = _check_rates(per_name(rates or {}, self.selection, 'rates'))
         if len(self.rates) == len(self.weights): raise ValueError('rates names every layer: at least one must set the pace for the others')
@@ -126,6 +133,13 @@ def _start(self:Sparsifier, mask):
 
 # %% ../nbs/api/05_sparsifier.ipynb #5a050d5b
 def _all_names(model): return {n: p for n, p, _ in owned_weights(model)}
+
+@patch
+def check_tensors(self:Sparsifier):
+    "Raise `ValueError` unless the model still has the tensors that the mask is for."
+    now = _all_names(self.model)
+    other = next((n for n, t in self.tensors.items() if now.get(n) is not t), None)
+    if other is not None: raise ValueError(f'{other} is another tensor than when the sparsifier was made, as after a change of layers or load_state_dict(assign=True): make a new one, Sparsifier(model), with mask= to go on')
 
 @patch
 def set_mask(self:Sparsifier,
@@ -217,6 +231,7 @@ def next_mask(self:Sparsifier,
     sparsity, # percent of the weights to cut in all, 0 to 100; or a mapping of names or patterns to percents
 )->Mask: # the mask with that sparsity
     "Choose what to cut, and touch nothing."
+    self.check_tensors()
     return _agreed(lambda: self._choose(sparsity), next(iter(self.weights.values())).device)
 
 @patch
@@ -276,7 +291,8 @@ def prune(self:Sparsifier,
 @patch
 def _check_rewind(self:Sparsifier, point, optimizer):
     "Raise `ValueError`, before anything is cut, if the state cannot go back to the point."
-    if not isinstance(point, RewindPoint): raise ValueError(f'rewind_to is a {type(point).__name__}: give a rewind point, from take()')
+    if not isinstance(point, RewindPoint): raise ValueError(f'a {type(point).__name__} is no rewind point: give one from take()')
+    self.check_tensors()
     point.check(self.model, self.optimizer, optimizer, self.copies, self.others, self.loaders)
 
 # %% ../nbs/api/05_sparsifier.ipynb #185dbbf6
@@ -327,6 +343,7 @@ class Report:
 @patch
 def report(self:Sparsifier)->Report:
     "Count what is kept in each layer and in all."
+    self.check_tensors()
     back = sum(int((t.detach()[~self.mask[n]] != 0).sum()) for n, t in self.weights.items() if self.mask.kept_in(n) < t.numel())
     notes = {**self.notes, 'attention': f'{back:,} weights that are cut are not zero: is the sparsifier attached to the optimizer?'} if back else self.notes
     return Report(tuple((n, self.mask.kept_in(n), t.numel()) for n, t in self.mask.weights.items()), notes)
@@ -382,7 +399,7 @@ def connect(self:Sparsifier,
     optimizer, # torch's or fastai's
     copies:Sequence=(), # averaged copies of the model (EMA) to mask and rewind along
     others:Sequence=(), # further objects with `state_dict` and `load_state_dict` to rewind along; torch optimizers like the first
-    loaders:Sequence=(), # data loaders whose generators are rewound along
+    loaders:Sequence=(), # data loaders, or generators, to rewind along
 )->Sparsifier: # itself
     "Say what belongs to the training state beside the model."
     for name, given in (('copies', copies), ('others', others), ('loaders', loaders)): check_list(name, given)
@@ -401,6 +418,7 @@ def attach(self:Sparsifier,
     loaders:Sequence=(), # as in `connect`
 )->Sparsifier: # itself
     "Connect, and hold the mask after every backward pass and every step of the optimizer, and of those among the others."
+    if isinstance(optimizer, (list, tuple)): raise ValueError('optimizer is a list: give the first, and the rest as others=[…]')
     if not hasattr(optimizer, 'register_step_post_hook'):
         raise ValueError(f'optimizer={type(optimizer).__name__} is not a torch optimizer: in fastai, give SparsifyCallback or MaskCallback to fit')
     self.detach()
@@ -423,6 +441,7 @@ def take(self:Sparsifier,
     epoch_start:RandomState|None=None, # inside an epoch: the generators when it began
 )->RewindPoint: # the state, copied
     "Copy the whole training state of what is connected."
+    self.check_tensors()
     return RewindPoint.take(self.model, self.optimizer, self.copies, self.others, self.loaders, position, epoch_start)
 
 @patch
@@ -431,6 +450,7 @@ def rewind(self:Sparsifier,
     optimizer:str='fresh', # what becomes of the optimizer's state: 'fresh', 'restore' or 'keep'
 )->Position: # where training stands now
     "Put the training state back, all but what is cut."
+    self._check_rewind(point, optimizer)
     position = point.restore(self.model, self.optimizer, optimizer, self.copies, self.others, self.loaders)
     self.set_mask(self.mask)
     if _has_scheduler(self.optimizer) and not any(hasattr(o, 'last_epoch') for o in self.others):

@@ -708,3 +708,63 @@ def test_loaders_are_those_for_training():
 def test_a_selection_is_shown_in_lines_and_not_in_numbers():
     shown = repr(prunable(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 2))))
     assert shown.splitlines() == ['2 tensors, 60 weights may be cut:', '0.weight  (5, 10)', '1.weight  (2, 5)']
+
+
+# ---- a model that was changed after the sparsifier was made ----
+
+def new_head(model): model[-1] = nn.Linear(8, 3)
+def assigned(model): model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+def without_a_head(model): del model[-1]
+
+@pytest.mark.parametrize('change', [new_head, assigned, without_a_head])
+def test_a_model_with_other_tensors_is_refused(change):
+    "What prunes, takes, rewinds or counts would go on with tensors that the model no longer has."
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    sp = Sparsifier(model).prune(20)
+    point, mask = sp.take(), sp.mask
+    change(model)
+    was = copy.deepcopy(model.state_dict())
+    for touch in (lambda: sp.prune(50), lambda: sp.prune(50, rewind_to=point), lambda: sp.next_mask(50), sp.take, sp.report, lambda: sp.rewind(point)):
+        with pytest.raises(ValueError, match='is another tensor'): touch()
+    assert sp.mask is mask and equal(was, model.state_dict())
+
+
+def test_a_model_that_moved_or_changed_its_precision_has_the_same_tensors():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    sp = Sparsifier(model).prune(20)
+    model.double().to('cpu')
+    assert sp.prune(50).report().lines[-1][1] == 32
+
+
+@pytest.mark.parametrize('mask, says', [({'0.weight': torch.ones(2, 2)}, 'give a Mask'), (3, 'give a Mask'), (Mask({'head.weight': torch.ones(2, 2, dtype=torch.bool)}), 'head.weight, which is no weight of this model')])
+def test_what_is_no_mask_of_this_model(mask, says):
+    with pytest.raises(ValueError, match=says): Sparsifier(nn.Sequential(nn.Linear(2, 2)), mask=mask)
+
+
+def test_what_cannot_be_rewound_to_or_along():
+    model = nn.Linear(2, 2)
+    sgd, more = (torch.optim.SGD(model.parameters(), .1) for _ in range(2))
+    sp = Sparsifier(model)
+    with pytest.raises(ValueError, match='no rewind point'): sp.rewind(model.state_dict())
+    with pytest.raises(ValueError, match='no state_dict'): sp.attach(sgd, others=[object()])
+    with pytest.raises(ValueError, match=r'others=\[…\]'): sp.attach([sgd, more])
+    assert sp.attach(sgd, others=[more]).optimizer is sgd
+
+
+# ---- names of modules ----
+
+def test_the_name_of_an_embedding_means_its_weight():
+    "Also where it is tied to a layer that would be cut, which is then spared with it, and said."
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.ModuleDict(dict(emb=nn.Embedding(9, 4), norm=nn.LayerNorm(4), mix=nn.Linear(4, 4)))
+            self.out = nn.Linear(4, 9)
+            self.out.weight = self.body.emb.weight
+    model = Tied()
+    assert list(prunable(model).weights) == ['body.mix.weight', 'out.weight'] and 'tied to out.weight' in prunable(model).notes['body.emb.weight']
+    assert list(prunable(model, layers='body.emb').weights) == ['body.emb.weight'] and list(prunable(model, layers='body').weights) == ['body.mix.weight']
+    for ignore in ('body.emb', 'body.emb.weight', 'out', ['body.emb']): assert list(prunable(model, ignore=ignore).weights) == ['body.mix.weight'], ignore
+    assert 'tied to body.emb.weight, which is ignored' in prunable(model, ignore='body.emb').notes['out.weight']
+    for choice in ('body.norm', 'bod'):
+        with pytest.raises(ValueError, match='means no weight'): prunable(model, layers=choice)
