@@ -392,10 +392,6 @@ def _served(data, path):
     return digest(_items(data, path))
 
 # %% ../nbs/api/09_naming.ipynb #e28b5910
-def _own_generators(data):
-    "Generators that a dataset keeps for itself."
-    return [o for o in getattr(data, '__dict__', {}).values() if isinstance(o, (torch.Generator, random.Random, np.random.Generator))]
-
 def fingerprint(
     dls:DataLoaders, # a learner's loaders
 )->str: # 32 hexadecimal digits
@@ -404,10 +400,9 @@ def fingerprint(
     found = []
     for i, loader in enumerate(dls.loaders):
         data, path = loader.dataset, f'dls[{i}].dataset'
-        own = _own_generators(data)
-        before = RandomState.take(own)
+        before = RandomState.take([loader])
         try: found.append(_served(data, path))
         except (TypeError, KeyError, IndexError, NotImplementedError) as e:
             raise ValueError(f'{path}, a {type(data).__name__}, cannot be read item by item ({e!r}): give it a method fingerprint() that returns a text') from e
-        finally: before.restore(own)
+        finally: before.restore([loader])
     return digest(found)

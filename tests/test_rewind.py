@@ -4,6 +4,8 @@ import random
 from copy import deepcopy
 from dataclasses import replace
 
+import fastai.data.load
+import fastai.optimizer
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from helpers_core import assert_held, conv_net, device, equal, seeded, train_step  # noqa: F401
+from lth_nb.fitting import set_generators
 from lth_nb.rewind import (ModelState, Position, RandomState, Resume, RewindPoint, check_loaders, check_optimizer_choice, loader_generator, named_tensors,
                            restore_optimizer, unwrap)
 from lth_nb.sparsifier import Sparsifier
@@ -252,6 +255,58 @@ def test_a_wrapper_with_a_generator_of_its_own_draws_from_that():
     assert loader_generator(wrapped) is own
 
 
+class Shuffles(torch.utils.data.Sampler):
+    "A sampler that shuffles with a generator of its own."
+    def __init__(self, n, rng): self.n, self.rng = n, rng
+    def __len__(self): return self.n
+    def __iter__(self):
+        order = list(range(self.n))
+        self.rng.shuffle(order)
+        return iter(order)
+
+class Noisy(Dataset):
+    "Augments with a generator of its own."
+    def __init__(self, rng): self.rng = rng
+    def __len__(self): return 12
+    def __getitem__(self, i): return i + (float(torch.rand((), generator=self.rng)) if isinstance(self.rng, torch.Generator) else self.rng.random())
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self): self.rng = random.Random(1)
+    def __iter__(self): return (self.rng.random() for _ in range(12))
+
+OWN = {
+    "numpy's in the data set": lambda: DataLoader(Noisy(np.random.default_rng(0)), 4, shuffle=True),
+    "torch's in the data set": lambda: DataLoader(Noisy(torch.Generator()), 4),
+    "Python's in the data set": lambda: DataLoader(Noisy(random.Random(0)), 4, shuffle=True, generator=torch.Generator()),
+    'in a part of the data set': lambda: DataLoader(torch.utils.data.Subset(Noisy(np.random.default_rng(0)), range(8)), 4),
+    'in one of several data sets': lambda: DataLoader(torch.utils.data.ConcatDataset([range(4), Noisy(np.random.default_rng(0))]), 4, shuffle=True),
+    'in a stream': lambda: DataLoader(Stream(), 4),
+    "numpy's in the sampler": lambda: DataLoader(range(12), 4, sampler=Shuffles(12, np.random.default_rng(0))),
+    'in the sampler of batches': lambda: DataLoader(range(12), batch_sampler=torch.utils.data.BatchSampler(Shuffles(12, random.Random(0)), 4, False)),
+    'two, of sampler and workers': lambda: DataLoader(Noisy(random), sampler=torch.utils.data.WeightedRandomSampler(torch.ones(12), 12, generator=torch.Generator()), batch_size=4,
+                                                      generator=torch.Generator(), num_workers=1),
+    'in a wrapper': lambda: Wrapped(DataLoader(Noisy(random.Random(0)), 4)),
+    "in the data set of fastai's loader": lambda: fastai.data.load.DataLoader(Noisy(np.random.default_rng(0)), bs=4, shuffle=True)}
+
+@pytest.mark.parametrize('make', OWN.values(), ids=OWN)
+def test_generators_that_data_keep_go_back(make):
+    loader, model = make(), nn.Linear(2, 2)
+    def batches(): return [b.tolist() for _ in range(2) for b in loader]
+    batches()
+    point = RewindPoint.take(model, loaders=[loader])
+    first = batches()
+    point.restore(model, loaders=[loader])
+    assert batches() == first != batches()
+    seen = [(set_generators(*at, loader), batches())[1] for at in ((3, 0), (3, 0), (3, 1), (4, 0))]
+    assert seen[0] == seen[1] and seen[0] != seen[2] != seen[3] != seen[0]
+
+
+def test_a_loader_that_keeps_more_generators_than_the_point_is_refused():
+    model, loader = nn.Linear(2, 2), OWN["Python's in the data set"]()
+    point = RewindPoint.take(model, loaders=[DataLoader(range(12), 4)])
+    with pytest.raises(ValueError, match='loaders has 2 entries'): point.restore(model, loaders=[loader])
+
+
 def test_workers_that_live_on_are_found_inside_a_wrapper():
     lives_on = DataLoader(Augmented(), 4, num_workers=1, persistent_workers=True)
     for wrapped in (lives_on, Wrapped(lives_on), Wrapped(Wrapped(lives_on))):
@@ -402,6 +457,36 @@ def test_restore_goes_on_as_if_nothing_had_been(name):
     point.restore(model, optimizer, 'restore')
     for i in range(3): train_step(model, optimizer, i)
     assert equal(first, (dict(model.state_dict()), optimizer.state_dict()))
+
+
+KINDS = dict(sgd=lambda ps: torch.optim.SGD(ps, .1, momentum=.9), adam=lambda ps: torch.optim.Adam(ps, 1e-4), rmsprop=lambda ps: torch.optim.RMSprop(ps, .01),
+             fastai_sgd=lambda ps: fastai.optimizer.SGD(list(ps), .1, mom=.9), fastai_adam=lambda ps: fastai.optimizer.Adam(list(ps), 1e-4), wrapped_sgd=lambda ps: fastai.optimizer.OptimWrapper(opt=KINDS['sgd'](ps)),
+             wrapped_adam=lambda ps: fastai.optimizer.OptimWrapper(opt=KINDS['adam'](ps)))
+
+@pytest.mark.parametrize('how', ['fresh', 'restore', 'keep'])
+@pytest.mark.parametrize('taken, given', [('sgd', 'adam'), ('adam', 'sgd'), ('adam', 'rmsprop'), ('fastai_sgd', 'fastai_adam'), ('wrapped_sgd', 'wrapped_adam')])
+def test_an_optimizer_of_another_kind_is_refused_and_nothing_is_touched(taken, given, how):
+    model = conv_net()
+    first = KINDS[taken](model.parameters())
+    train_step(model, first, 0)
+    point = RewindPoint.take(model, first)
+    other = KINDS[given](model.parameters())
+    train_step(model, other, 1)
+    before = deepcopy((dict(model.state_dict()), other.state_dict()))
+    with pytest.raises(ValueError, match='another kind'): point.restore(model, other, how)
+    with pytest.raises(ValueError, match='another kind'): Sparsifier(model).connect(other).prune(50, rewind_to=point, optimizer=how)
+    assert equal(before, (dict(model.state_dict()), other.state_dict()))
+
+
+@pytest.mark.parametrize('how', ['fresh', 'restore', 'keep'])
+def test_a_scheduler_made_after_the_point_is_no_other_kind(how):
+    "It adds settings to the groups, and the optimizer stays what it was."
+    model = conv_net()
+    sgd = torch.optim.SGD(model.parameters(), .1, momentum=.9)
+    point = RewindPoint.take(model, sgd)
+    torch.optim.lr_scheduler.OneCycleLR(sgd, .2, total_steps=9)
+    point.restore(model, sgd, how)
+    train_step(model, sgd, 0)
 
 
 @pytest.mark.parametrize('bad', ['warm', None, True])
