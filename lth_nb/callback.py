@@ -18,9 +18,9 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastcore.basics import patch, store_attr
 
-from .checks import is_number, plain
+from .checks import is_number, is_whole, plain
 from .criteria import get_criterion, large_final
-from .fitting import MaskCallback, PathCallback, Seeded, one_input, stateful_loss
+from .fitting import MaskCallback, PathCallback, Seeded, one_input, stateful_loss, step_ends
 from .granularity import check_granularity, has_followers
 from .mask import check_sparsity, n_to_cut
 from .rewind import Position, check_loaders, check_optimizer_choice
@@ -146,14 +146,21 @@ def _refuse_emptying(self:SparsifyCallback, weights, levels):
 
 # %% ../nbs/api/07_callback.ipynb #c5c39d26
 @patch
-def _rewind_batch(self:SparsifyCallback, steps_per_epoch, first_pruning):
+def _rewind_batch(self:SparsifyCallback, n_batches, ends, first_pruning):
     "The batch to go back to, which must not lie behind the first pruning; None for no rewinding."
     if not (self.lth or self.reset_end): return None
-    batch = math.floor(self.rewind_epoch*steps_per_epoch + .5) if self.rewind_step is None else int(self.rewind_step)
+    if (self.rewind_epoch or self.rewind_step) and n_batches not in ends:
+        raise ValueError('gradients are accumulated across the end of an epoch, and a rewind would drop those of an open group: choose n_acc so that groups fill an epoch, or rewind to initialisation')
+    if self.rewind_step is None: batch, where = math.floor(self.rewind_epoch*n_batches + .5), f'rewind_epoch={self.rewind_epoch}'
+    else: batch, where = _batch_of(int(self.rewind_step), n_batches, ends), f'rewind_step={self.rewind_step}'
     if batch > first_pruning:
-        where = f'rewind_epoch={self.rewind_epoch}' if self.rewind_step is None else f'rewind_step={self.rewind_step}'
-        raise ValueError(f'{where} lies after start_epoch={self.start_epoch:g} ({steps_per_epoch} steps an epoch), when pruning starts: rewind to an earlier point, or start later')
+        raise ValueError(f'{where} lies after start_epoch={self.start_epoch:g} ({len(ends)} steps an epoch), when pruning starts: rewind to an earlier point, or start later')
     return batch
+
+def _batch_of(step, n_batches, ends):
+    "After how many batches a step is made."
+    epochs, rest = divmod(step, len(ends)) if step else (0, 0)
+    return epochs*n_batches + (ends[rest - 1] if rest else 0)
 
 @patch
 def _levels(self:SparsifyCallback, selection, plan):
@@ -163,13 +170,21 @@ def _levels(self:SparsifyCallback, selection, plan):
     return tuple({n: levels[i] for n, levels in each.items()} for i in range(len(plan)))
 
 # %% ../nbs/api/07_callback.ipynb #d7d4290f
+def _refuse_frozen(learn, selection):
+    "Raise `ValueError` where layers that would be cut are frozen with the learner."
+    frozen = [n for n, note in selection.notes.items() if note.startswith('frozen')]
+    if frozen and getattr(learn.opt, 'frozen_idx', 0):
+        raise ValueError(f'the learner is frozen, and {frozen[0]} with it (fine_tune begins like this): fit the head first, unfreeze, then give the callback to fit; to prune the head alone, name it by layers=')
+
 @patch
 def plan(self:SparsifyCallback,
     learn:Learner, # as it will be fitted
     n_epoch:int, # for how many epochs
 )->FitPlan: # what will be pruned when
     "Show when a fit will prune, and to what."
+    if not is_whole(n_epoch): raise ValueError(f'n_epoch={n_epoch!r} is not a whole number of epochs')
     n, selection = len(learn.dls.train), prunable(learn.model, self.layers, self.ignore)
+    _refuse_frozen(learn, selection)
     per_name(self.rates or {}, selection, 'rates')
     if self.lth and not self.start_epoch: warnings.warn('start_epoch=0 prunes a network that was not trained yet; a ticket is found by training first, so give the dense epochs as start_epoch=')
     if self.start_epoch >= n_epoch: raise ValueError(f'start_epoch={self.start_epoch:g} leaves nothing of a fit of {n_epoch} epochs: start earlier or train longer')
@@ -179,7 +194,7 @@ def plan(self:SparsifyCallback,
     for _, s in plan: check_sparsity(s, 'schedule', warn=False)
     if not (self.allow_empty or self.granularity == 'layer'): self._refuse_emptying(selection.weights, levels)
     n_cut = () if self.rates else tuple(_n_cut(selection.weights, s, self.context) for s in levels)
-    return FitPlan(plan, levels, n_cut, self._rewind_batch(n, plan[0][0]), n_epoch, self.lth)
+    return FitPlan(plan, levels, n_cut, self._rewind_batch(n, step_ends(learn), plan[0][0]), n_epoch, self.lth)
 
 # %% ../nbs/api/07_callback.ipynb #f4796070
 @patch
@@ -212,16 +227,13 @@ def _begin(self:SparsifyCallback):
 # %% ../nbs/api/07_callback.ipynb #506cc56f
 @patch
 def _refuse_what_cannot_be(self:SparsifyCallback):
-    "Raise `ValueError` for fits that train only some epochs or some layers, and for loaders that cannot be rewound."
+    "Raise `ValueError` for fits that train only some epochs, and for loaders that cannot be rewound."
     if self.lth or self.reset_end: check_loaders([self.learn.dls.train])
     both = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and not cb._finished]
     if len(both) > 1 and any(cb.lth or cb.reset_end for cb in both):
         raise ValueError('the learner has two of this callback, and the rewind of one puts back what the other has cut: give one, with end_sparsity={layer: percent} for layers that differ')
     if getattr(getattr(self.learn, 'skip_to_epoch', None), '_skip_to', 0):
         raise ValueError('fit(start_epoch=…) skips epochs that the plan needs: give the fit all its epochs, or start the callback with start_epoch=')
-    frozen = [n for n, note in prunable(self.learn.model, self.layers, self.ignore).notes.items() if note.startswith('frozen')]
-    if frozen and getattr(self.learn.opt, 'frozen_idx', 0):
-        raise ValueError(f'the learner is frozen, and {frozen[0]} with it (fine_tune begins like this): fit the head first, unfreeze, then give the callback to fit')
 
 # %% ../nbs/api/07_callback.ipynb #6a4ace66
 @patch

@@ -34,6 +34,7 @@ from .arms import Anywhere, Arm, Grid, Pruning, Shuffled, State, graph, n_traine
 from .checks import as_list, is_whole
 from .cpu import FastCPU
 from .files import written
+from .fitting import step_ends
 from .granularity import has_followers
 from .mask import check_sparsity
 from .naming import digest, fingerprint, versions
@@ -91,6 +92,8 @@ def _check_learner(learn, recipe, arms):
         raise ValueError("the learner has FastCPU(), which decides by timing and may decide otherwise in another process: give precision='bf16' to the recipe, or FastCPU(True)")
     if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(a.rewind and a.rewind.step for a in arms):
         raise ValueError('rewind_step counts batches here, and this learner accumulates gradients over several: give rewind_epoch')
+    if len(learn.dls.train) not in step_ends(learn):
+        raise ValueError('gradients are accumulated across the end of an epoch, where training must be able to go on: choose n_acc so that groups fill an epoch')
     _check_metrics(list(learn.metrics.attrgot('name')))
 
 _COLUMNS = {'arm', 'kind', 'of', 'rewind', 'level', 'sparsity', 'n_kept', 'n_total', 'seed', 'epochs', 'cost', 'train_loss', 'valid_loss', 'segment', 'mask', 'epoch', 'batch', 'steps', 'time', 'seconds'}

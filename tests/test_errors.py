@@ -14,9 +14,12 @@ from fastai.callback.core import (Callback, CancelBatchException, CancelBackward
 from fastai.callback.schedule import fine_tune, fit_one_cycle, lr_find
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import Datasets
+from fastai.learner import Learner
+from fastcore.foundation import L
+from fastcore.imports import noop
 from torch import nn
 
-from helpers_fastai import (BATCH_SIZE, N_BATCHES, ConvNet, Everything, Items, Losses, RaiseAt, SkipSteps, Spy, Steps, TakeTurns, generators_kept,
+from helpers_fastai import (BATCH_SIZE, N_BATCHES, ConvNet, Everything, Items, Losses, RaiseAt, SkipSteps, Spy, Steps, TakeTurns, different, generators_kept,
                             n_zeros, new_turn, opt_stats, same, small_dls, small_learner, tensors_of)
 from lth_nb.callback import SparsifyCallback
 from lth_nb.fitting import MaskCallback, Seeded
@@ -216,6 +219,21 @@ def test_a_step_that_is_not_reached_before_pruning(kwargs, cb):
     assert len(watch.losses) <= 2*N_BATCHES
 
 
+@pytest.mark.parametrize('kwargs', [dict(rewind_epoch=1), dict(rewind_step=1), dict(rewind_step=4)])
+@pytest.mark.parametrize('n_acc', [3*BATCH_SIZE, 20*BATCH_SIZE], ids=['three batches', 'more than an epoch'])
+def test_gradients_accumulated_over_the_end_of_an_epoch(n_acc, kwargs):
+    "A rewind to a later point would drop those of the open group; the plan says so, and so does the fit before it trains."
+    learn, watch, sp_cb = small_learner(cbs=GradientAccumulation(n_acc)), Losses(), SparsifyCallback(50, start_epoch=2, lth=True, **kwargs)
+    with pytest.raises(ValueError, match='across the end of an epoch'): sp_cb.plan(learn, 8)
+    with pytest.raises(ValueError, match='across the end of an epoch'): learn.fit(8, 1e-2, cbs=[watch, sp_cb])
+    assert watch.losses == []
+
+
+@pytest.mark.parametrize('n_epoch', ['8', None, 8.])
+def test_a_plan_for_what_is_no_number_of_epochs(n_epoch):
+    with pytest.raises(ValueError, match='n_epoch='): SparsifyCallback(50).plan(small_learner(), n_epoch)
+
+
 def test_an_epoch_cut_short_before_the_rewind_point():
     "The message names the argument the user gave."
     with pytest.raises(ValueError, match='rewind_epoch=0.75'):
@@ -361,6 +379,71 @@ def test_reset_in_the_middle_of_nothing():
     sp_cb.reset()
     learn.fit(8, 1e-2, cbs=sp_cb)
     assert n_zeros(sp_cb) == 88
+
+
+# Learners with methods of their own around the loop
+
+class Logged(Learner):
+    "Counts events."
+    n_events = 0
+    def __call__(self, event_name):
+        self.n_events += 1
+        return super().__call__(event_name)
+
+class Timed(Learner):
+    def _with_events(self, *args, **kwargs): return timed(super()._with_events)(*args, **kwargs)
+
+class Decorated(Learner): pass
+
+class OwnLoop(Learner):
+    "What extension packages do: fastai's loop with something around, and events without `Learner`'s help."
+    def __call__(self, event_name):
+        for name in L(event_name):
+            for cb in self.cbs.sorted('order'): cb(name)
+    def _with_events(self, f, event_type, ex, final=noop):
+        try: self(f'before_{event_type}');  f()
+        except ex: self(f'after_cancel_{event_type}')
+        self(f'after_{event_type}');  final()
+
+def timed(f):
+    def wrapper(*args, **kwargs): return f(*args, **kwargs)
+    return wrapper
+
+Decorated.__call__, Decorated._with_events = timed(Learner.__call__), timed(Learner._with_events)
+
+def of_class(cls, **kwargs):
+    "A small learner of a subclass."
+    learn = small_learner(**kwargs)
+    learn.__class__ = cls
+    return learn
+
+
+@pytest.mark.parametrize('cls', [Logged, Timed, Decorated, OwnLoop])
+@pytest.mark.parametrize('kwargs', [dict(start_epoch=2, lth=True), dict(schedule=one_shot)], ids=['ticket', 'at once'])
+def test_learners_with_a_loop_of_their_own(cls, kwargs, tmp_path):
+    "They prune, hold and are looked at as plain ones."
+    sp_cb, plain_cb, seeded = SparsifyCallback(50, **kwargs), SparsifyCallback(50, **kwargs), Seeded(3)
+    learn, plain = of_class(cls, path=tmp_path, cbs=[sp_cb, seeded]), small_learner()
+    learn.fit(8, 1e-2)
+    plain.fit(8, 1e-2, cbs=[plain_cb, Seeded(3)])
+    assert n_zeros(sp_cb) == 88 and sp_cb.mask == plain_cb.mask and same(tensors_of(learn.model), tensors_of(plain.model))
+    was = _state(learn, sp_cb, seeded)
+    for look in LOOKS.values(): look(learn)
+    assert different(was, _state(learn, sp_cb, seeded)) == []
+    control = of_class(cls)
+    control.fit(2, 1e-2, cbs=MaskCallback(sparsifier := Sparsifier(control.model, mask=sp_cb.mask)))
+    assert sum(int((w == 0).sum()) for w in sparsifier.weights.values()) == 88
+
+
+@pytest.mark.parametrize('callback', [lambda learn: MaskCallback(Sparsifier(learn.model).prune(50)), lambda learn: SparsifyCallback(50, schedule=one_shot)])
+def test_a_fit_with_a_mask_for_other_tensors_is_refused(callback):
+    learn = small_learner()
+    cb = callback(learn)
+    learn.fit(1, cbs=cb)
+    learn.model[-1] = nn.Linear(16, 3)
+    was = tensors_of(learn.model)
+    with pytest.raises(ValueError, match='4.weight is another tensor'): learn.fit(1, cbs=cb)
+    assert same(was, tensors_of(learn.model))
 
 
 # Looking changes nothing

@@ -20,7 +20,6 @@ from fastai.optimizer import SGD, OptimWrapper
 from helpers_experiment import (Rounds, differences, digits, left, lenet, of_points, pictures, points, row_of, seed_inside, state_of, states,
                                 trained_batches)
 from helpers_fastai import Items, different, generators_kept, opt_stats, same, small_dls, small_model, tensors_of
-from torch import nn
 from torch.utils.data import TensorDataset
 
 from lth_nb.arms import (Arm, Pruning, State, dense, dense_long, finetune, imp, lr_rewind, one_shot_ticket, random_mask, reinit, shuffled, supermask)
@@ -30,7 +29,7 @@ from lth_nb.criteria import criterion
 from lth_nb.experiment import Experiment
 from lth_nb.recipe import Recipe
 from lth_nb.results import Results
-from lth_nb.schedule import agp, geometric, iterative, one_shot
+from lth_nb.schedule import agp, geometric, iterative
 from lth_nb.sparsifier import Sparsifier
 from lth_nb.store import Store
 from lth_nb.training import make_learner
@@ -633,21 +632,11 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert differences(left(tmp_path/'run'), left(tmp_path/'at once')) == []
 
 
-def test_accumulated_gradients_are_not_lost_when_a_run_goes_on(tmp_path, monkeypatch):
-    "Groups that reach over the end of an epoch are refused, or go on."
+def test_accumulated_gradients_over_the_end_of_an_epoch_are_refused(tmp_path):
+    "They could not go on from there; nothing is trained before it is said."
     exp = experiment([dense()], Recipe(accumulating, 3, options=dict(n_acc=24)))
-    whole = run(exp, tmp_path/'at once')
-    if whole.failed: return
-    n, plain = [0], Learner._do_one_batch
-    def interrupted(self):
-        n[0] += self.training
-        if n[0] == 6: raise Stop()
-        return plain(self)
-    monkeypatch.setattr(Learner, '_do_one_batch', interrupted)
-    with pytest.raises(Stop): run(exp, tmp_path/'run')
-    monkeypatch.undo()
-    run(exp, tmp_path/'run')
-    assert differences(left(tmp_path/'run'), left(tmp_path/'at once')) == []
+    with trained_batches() as counted, pytest.raises(ValueError, match='across the end of an epoch'): run(exp, tmp_path)
+    assert counted['train'] == 0
 
 
 def test_threads_do_not_share_generators(tmp_path):
