@@ -10,7 +10,7 @@ __all__ = ['Segment', 'State', 'Pruning', 'Pruned', 'Shuffled', 'Anywhere', 'Gri
 
 # %% ../nbs/api/09b_arms.ipynb #5b78b352
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
