@@ -92,9 +92,14 @@ def _check_learner(learn, recipe, arms):
         raise ValueError("the learner has FastCPU(), which decides by timing and may decide otherwise in another process: give precision='bf16' to the recipe, or FastCPU(True)")
     if any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) and any(a.rewind and a.rewind.step for a in arms):
         raise ValueError('rewind_step counts batches here, and this learner accumulates gradients over several: give rewind_epoch')
-    if len(learn.dls.train) not in step_ends(learn):
-        raise ValueError('gradients are accumulated across the end of an epoch, where training must be able to go on: choose n_acc so that groups fill an epoch')
     _check_metrics(list(learn.metrics.attrgot('name')))
+
+def _check_groups(ends, arms, grid):
+    "Raise `ValueError` where a segment would begin or end inside a group of accumulated gradients, given after which batches of an epoch a step is made."
+    if grid.n_batches not in ends:
+        raise ValueError('gradients are accumulated across the end of an epoch, where training must be able to go on: choose n_acc so that groups fill an epoch')
+    inside = next((a for a in arms if a.rewind and a.rewind.batch(grid) % grid.n_batches not in (0, *ends)), None)
+    if inside: raise ValueError(f'{inside.name} rewinds into a group of accumulated gradients, which would be dropped: give a rewind_epoch at which a step is made')
 
 _COLUMNS = {'arm', 'kind', 'of', 'rewind', 'level', 'sparsity', 'n_kept', 'n_total', 'seed', 'epochs', 'cost', 'train_loss', 'valid_loss', 'segment', 'mask', 'epoch', 'batch', 'steps', 'time', 'seconds'}
 
@@ -126,6 +131,7 @@ def _look(self:Experiment):
         anneals = self.recipe.anneal is not None
         last = float(schedules(self.recipe)['lr'](1 - 1/(self.recipe.epochs*n))) if anneals else self.recipe.lr
         grid = Grid(self.recipe.epochs, n, self.schedule.levels(self.sparsity), p, anneals, self.recipe.lr, last)
+        _check_groups(step_ends(learn), self.arms, grid)
         return grid, digest((self.recipe.name, data)), sum(w.numel() for w in weights.values()), fixed
 
 @patch(as_prop=True)
@@ -197,6 +203,12 @@ def __repr__(self:ExperimentPlan):
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
     return '\n'.join(['  '.join(f'{c:{w}}' for c, w in zip(r, widths)).rstrip() for r in rows] + more + [self.note])
 
+# %% ../nbs/api/09f_experiment.ipynb #5d0c2b7e
+def _stand(store, segment, end, n_batches):
+    "Where the training of a segment that is to go to `end` stands."
+    file = store.resume(segment, end, n_batches)
+    return batch_of(file) if file else segment.begin
+
 # %% ../nbs/api/09f_experiment.ipynb #e316ae8c
 def _uses(networks):
     "segment -> the first networks whose it is, in words"
@@ -220,8 +232,8 @@ def plan(self:Experiment,
     missing = store.todo(networks.values()) if path else whole
     def _left(segment):
         if segment not in missing: return 0
-        end, file = max(missing[segment]), store.resume(segment, max(missing[segment]), n) if path else None
-        return max(end - (batch_of(file) if file else segment.begin), 0)
+        end = max(missing[segment])
+        return max(end - (_stand(store, segment, end, n) if path else segment.begin), 0)
     uses, seconds = _uses(networks), [r['seconds'] for s in whole for r in (store.epochs(s) if path else []) if 'seconds' in r]
     rows = tuple(_row(s, b, uses, n, _left(s)) for s, b in whole.items())
     return ExperimentPlan(rows, len(networks), sum(seconds)/len(seconds) if seconds else None)
@@ -232,17 +244,20 @@ def _depends_on(store, segment, failed):
     return segment in failed or any(_depends_on(store, s.segment, failed) for s in store.needs(segment) if not store.has(s))
 
 def _wave(store, exp, failed, busy, n_jobs):
-    "The segments to train now, with their positions, the longest first; none of those that are busy elsewhere; None when nothing is left. What others wait for is taken no further than they need, with the shortest of the rest until all workers are busy."
+    "The segments to train now, with the positions that are wanted and the one to stop at, the longest first; none of those that are busy elsewhere; None when nothing is left. What others wait for is taken no further than they need, with the longest of the rest, as far as the wave lasts, until all workers are busy."
     todo = store.todo(exp.networks.values())
     todo = {s: b for s, b in todo.items() if not _depends_on(store, s, failed)}
     ready = {s: b for s, b in todo.items() if s not in busy and all(store.has(n) for n in store.needs(s))}
     awaited = {n for s in todo for n in store.needs(s) if not store.has(n)}
     first = {s: known for s, b in ready.items() if (known := [at for at in b if State(s, at) in awaited])}
-    rest = sorted((s for s in ready if s not in first), key=lambda s: ready[s][-1] - s.begin)
-    workers = joblib.effective_n_jobs(n_jobs)
+    n, workers = exp.grid.n_batches, joblib.effective_n_jobs(n_jobs)
+    stand = {s: _stand(store, s, (first.get(s) or b)[-1], n) for s, b in ready.items()}
+    rest = sorted((s for s in ready if s not in first), key=lambda s: stand[s] - ready[s][-1])
     n_rest = -len(first) % workers if first else workers if busy else len(rest)
-    wave = first | {s: ready[s] for s in rest[:n_rest]}
-    return dict(sorted(wave.items(), key=lambda part: part[0].begin - part[1][-1])) if wave or busy else None
+    lasts = max((b[-1] - stand[s] for s, b in first.items()), default=None)
+    def _until(s): return ready[s][-1] if lasts is None else min(-(-(stand[s] + lasts)//n)*n, ready[s][-1]) # an epoch's end, from where it goes on
+    wave = {s: (b, b[-1]) for s, b in first.items()} | {s: (ready[s], _until(s)) for s in rest[:n_rest]}
+    return dict(sorted(wave.items(), key=lambda part: stand[part[0]] - part[1][1])) if wave or busy else None
 
 # %% ../nbs/api/09f_experiment.ipynb #285897bf
 def _train_wave(wave, attempt, n_jobs, store, *how):
@@ -250,11 +265,11 @@ def _train_wave(wave, attempt, n_jobs, store, *how):
     left = dict(wave)
     pool = dict(initializer=for_code, initargs=(store.base,)) if isinstance(get_active_backend()[0], LokyBackend) and n_jobs != 1 else {}
     try:
-        for segment, why in joblib.Parallel(n_jobs, return_as='generator_unordered', **pool)(joblib.delayed(attempt)(store, *how, s, b) for s, b in wave.items()):
+        for segment, why in joblib.Parallel(n_jobs, return_as='generator_unordered', **pool)(joblib.delayed(attempt)(store, *how, s, *part) for s, part in wave.items()):
             del left[segment]
             yield segment, why
     except BrokenExecutor:
-        yield from (attempt_apart(store, *how, s, b) for s, b in left.items())
+        yield from (attempt_apart(store, *how, s, *part) for s, part in left.items())
 
 def _attempt():
     "How a segment is trained under joblib's active backend: in the worker itself where that is a process and nothing else."
@@ -284,7 +299,8 @@ def run(self:Experiment,
             bar.n = bar.total - len(store.todo(self.networks.values())); bar.refresh()
             outcomes = dict(_told(_train_wave(wave, attempt, n_jobs, store, self.recipe, self.pruning), bar))
             still = store.todo(self.networks.values())
-            failed |= {s: why or 'it was trained, and its result is not there' for s, why in outcomes.items() if why != 'busy' and (why or {*still.get(s, ())} & {*wave[s]})}
+            missed = {s: [b for b in batches if b <= end and b in still.get(s, ())] for s, (batches, end) in wave.items()}
+            failed |= {s: why or 'it was trained, and its result is not there' for s, why in outcomes.items() if why != 'busy' and (why or missed[s])}
             now = {s for s, why in outcomes.items() if why == 'busy'}
             busy = busy | now if wave and now == {*outcomes} else now # nothing was trained: look at what is left, and wait when that is nothing
             if not wave: bar.set_description('waiting for another process'); time.sleep(.5)

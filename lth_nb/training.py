@@ -249,6 +249,7 @@ def train_segment(
     pruning:Pruning, # which weights may be cut
     segment:Segment, # whose needs are there
     batches:Sequence, # positions whose states are wanted
+    end:int|None=None, # where to stop, at the end of an epoch; default: at the last of them
 ):
     "Train a segment to the positions that are wanted, from wherever it stands."
     torch.set_num_threads(recipe.threads)
@@ -267,7 +268,7 @@ def train_segment(
         point = unpack_point(torch.load(file, weights_only=True))
         point.restore(learn.model, learn.opt, 'restore', others=sp.others, loaders=sp.loaders)
     epochs = [row for row in store.epochs(segment) if row['epoch'] <= point.position.epoch]
-    _fit(learn, recipe, segment, SegmentCallback(sp, store, segment, missing, point, epochs), max(missing))
+    _fit(learn, recipe, segment, SegmentCallback(sp, store, segment, missing, point, epochs), end or max(missing))
 
 # %% ../nbs/api/09e_training.ipynb #1a532110
 @contextmanager
@@ -288,6 +289,7 @@ def attempt_segment(
     pruning:Pruning, # which weights may be cut
     segment:Segment, # whose needs are there
     batches:Sequence, # positions whose states are wanted
+    end:int|None=None, # where to stop; default: at the last of them
 ): # the segment, and None, 'busy' or why it failed
     "Train a segment, unless another process does; say what went wrong."
     folder = store.folder(segment)
@@ -296,7 +298,7 @@ def attempt_segment(
         with _locked(folder/'lock') as is_ours, generators_kept():
             if not is_ours: return segment, 'busy'
             for left_over in folder.glob('*.tmp'): left_over.unlink()  # of a process that was killed; only the holder of the lock writes here
-            train_segment(store, recipe, pruning, segment, batches)
+            train_segment(store, recipe, pruning, segment, batches, end)
     except Exception as e:
         return segment, f'{type(e).__name__}: {e}' if all(map(store.has, store.needs(segment))) else 'busy'  # or another process has removed what it needs
     return segment, None
@@ -306,7 +308,7 @@ def attempt_apart(
     *args, # of `attempt_segment`
 ): # what that gives
     "Train a segment in a process of its own, which lives on for the next one."
-    store, _, _, segment, _ = args
+    store, segment = args[0], args[3]
     current_process()._config['daemon'] = False  # Dask's workers are daemons, which may not start processes otherwise
     try: return get_memmapping_executor(1, initializer=for_code, initargs=(store.base,)).submit(attempt_segment, *args).result()
     except BrokenExecutor: return segment, 'its process died: out of memory, or a crash outside Python'

@@ -639,6 +639,12 @@ def test_accumulated_gradients_over_the_end_of_an_epoch_are_refused(tmp_path):
     assert counted['train'] == 0
 
 
+def test_a_rewind_into_a_group_of_accumulated_gradients_is_refused(tmp_path):
+    exp = experiment([dense(), imp(rewind_epoch=.25)], Recipe(accumulating, 3, options=dict(n_acc=16)))
+    with trained_batches() as counted, pytest.raises(ValueError, match='imp → epoch 0.25 rewinds into a group'): run(exp, tmp_path)
+    assert counted['train'] == 0
+
+
 def test_threads_do_not_share_generators(tmp_path):
     "A cluster may give several segments to one process, and what they draw must not mix."
     exp = experiment([dense(), T0], of_points(options=dict(n_batches=8)), seeds=range(3))

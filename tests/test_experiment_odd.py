@@ -232,22 +232,49 @@ def test_what_others_wait_for_is_trained_first_and_no_further(tmp_path):
     exp = Experiment(of_points(1), [dense(), t, dense_long(of=t, name='long')], one_shot, 50, (0,))
     store, end = store_of(exp, tmp_path), exp.grid.end
     first, more = _wave(store, exp, {}, set(), 1), _wave(store, exp, {}, set(), 2)
-    assert [list(b) for b in first.values()] == [[end]] == [list(b) for b in more.values()]
+    assert [part for part in first.values()] == [([end], end)] == [part for part in more.values()]
     done = exp.run(tmp_path, progress=False)
     assert not done.failed and [r['cost'] for r in done.rows] == [1, 2, 2]
 
 
-@pytest.mark.parametrize('n_jobs, filled', [(1, []), (2, ['reinit of t']), (3, []), (4, ['reinit of t']), (9, ['dense', 'reinit of t'])])
-def test_a_wave_is_filled_up_with_the_shortest_and_begins_with_the_longest(n_jobs, filled, tmp_path):
-    "With three tickets that others wait for and two workers, one would be idle in the second half; the short control takes its turn, and the long training waits."
+@pytest.mark.parametrize('n_jobs, filled', [(1, []), (2, ['dense']), (3, []), (4, ['dense']), (9, ['dense', 'reinit of t'])])
+def test_a_wave_is_filled_up_with_the_longest_as_far_as_it_lasts(n_jobs, filled, tmp_path):
+    "With three tickets that others wait for and two workers, one would be idle in the second half; a part of the long training takes its turn."
     t = imp(name='t')
     exp = Experiment(of_points(2), [dense(), t, imp(optimizer='keep', name='kept'), finetune(of=t), reinit(of=t, levels='all'), dense_long(of=t)], iterative, 50, (0,))
-    store = store_of(exp, tmp_path)
+    store, end = store_of(exp, tmp_path), exp.grid.end
     replace(exp, arms=[dense()]).run(tmp_path, progress=False)
     wave = _wave(store, exp, {}, set(), n_jobs)
-    arms, lengths = {s.segment: a.name for (a, level, _), s in exp.networks.items() if level < 2}, [batches[-1] - s.begin for s, batches in wave.items()]
-    assert sorted(arms[s] for s in wave) == sorted(['finetune of t', 'kept', 't', *filled])
-    assert lengths == sorted(lengths, reverse=True)
+    arms = {s.segment: a.name for (a, level, _), s in exp.networks.items() if level < 2}
+    parts = {arms[s]: part for s, part in wave.items()}
+    assert sorted(parts) == sorted(['finetune of t', 'kept', 't', *filled])
+    assert parts.get('dense', ([4*end], 2*end)) == ([4*end], 2*end) and {part for arm, (_, part) in parts.items() if arm in ('t', 'kept', 'reinit of t')} == {end}
+
+
+def test_a_wave_begins_with_the_longest(tmp_path):
+    "Counted from where each stands."
+    t = imp(name='t')
+    exp = Experiment(of_points(2), [dense(), t, imp(rewind_epoch=1, name='late'), dense_long(of=t)], iterative, 50, (0,))
+    replace(exp, arms=[dense(), dense_long(of=t)]).run(tmp_path, progress=False)
+    wave, end = _wave(store_of(exp, tmp_path), exp, {}, set(), 2), exp.grid.end
+    assert [at - s.begin for s, (_, at) in wave.items()] == [end, end/2]
+
+
+def test_what_is_trained_part_by_part_is_the_same_to_the_last_bit(tmp_path, monkeypatch):
+    "As far as others take, then on from there, in a wave made for two workers."
+    t = imp(name='t')
+    exp = Experiment(replace(of_points(2), anneal='one_cycle'), [dense(), t, dense_long(of=t, name='long')], iterative, 50, (0,))
+    exp.run(tmp_path/'at once', progress=False)
+    parts, attempt = {}, attempt_segment
+    def noted(store, recipe, pruning, segment, batches, end):
+        parts.setdefault(segment, []).append(end)
+        return attempt(store, recipe, pruning, segment, batches, end)
+    monkeypatch.setattr('lth_nb.experiment._attempt', lambda: noted)
+    monkeypatch.setattr('lth_nb.experiment.joblib.effective_n_jobs', lambda n: 2)
+    assert not exp.run(tmp_path/'in parts', progress=False).failed
+    longest, n = next(s.segment for (a, *_), s in exp.networks.items() if a.name == 'long'), exp.grid.end
+    assert parts[longest] == [n, 2*n, 3*n, 4*n]
+    assert differences(left(tmp_path/'in parts'), left(tmp_path/'at once')) == []
 
 
 def test_what_another_process_trains_does_not_hold_up_the_rest(tmp_path, monkeypatch):
@@ -256,12 +283,12 @@ def test_what_another_process_trains_does_not_hold_up_the_rest(tmp_path, monkeyp
     exp = Experiment(of_points(1), [dense(), t, reinit(of=t, levels='all'), dense_long(of=t)], iterative, 50, (0,))
     replace(exp, arms=[dense()]).run(tmp_path, progress=False)
     taken, order = exp.networks[t, 1, 0].segment, []
-    def attempt(store, recipe, pruning, segment, batches):
+    def attempt(store, recipe, pruning, segment, *how_far):
         order.append(segment)
         if segment == taken and len({*order}) < 3:
             assert order.count(taken) < 9 # or it waits for ever
             return segment, 'busy'
-        return attempt_segment(store, recipe, pruning, segment, batches)
+        return attempt_segment(store, recipe, pruning, segment, *how_far)
     monkeypatch.setattr('lth_nb.experiment._attempt', lambda: attempt)
     assert not exp.run(tmp_path, progress=False).failed and len({*order}) > 2
 
@@ -271,10 +298,10 @@ def test_where_other_processes_train_everything_it_waits(tmp_path, monkeypatch):
     exp = Experiment(of_points(1), [dense(), t, reinit(of=t, levels='all'), dense_long(of=t)], iterative, 50, (0,))
     replace(exp, arms=[dense()]).run(tmp_path, progress=False)
     waited, asked = [], []
-    def attempt(store, recipe, pruning, segment, batches):
+    def attempt(store, recipe, pruning, segment, *how_far):
         asked.append(segment)
         assert len(asked) < 50 # or it asks again and again
-        return attempt_segment(store, recipe, pruning, segment, batches) if waited else (segment, 'busy')
+        return attempt_segment(store, recipe, pruning, segment, *how_far) if waited else (segment, 'busy')
     monkeypatch.setattr('lth_nb.experiment._attempt', lambda: attempt)
     monkeypatch.setattr('lth_nb.experiment.time.sleep', waited.append)
     assert not exp.run(tmp_path, progress=False).failed and waited == [.5]
