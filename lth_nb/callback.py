@@ -10,6 +10,7 @@ __all__ = ['SparsifyCallback', 'FitPlan']
 # %% ../nbs/api/07_callback.ipynb #c7835e45
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,13 +88,14 @@ def _check_rewind(self:SparsifyCallback):
 @dataclass(frozen=True)
 class FitPlan:
     "What a fit will prune and when."
-    plan: Plan # (step, percent) for each pruning
+    plan: Plan # (batch, percent) for each pruning
     sparsities: tuple # what is asked of the sparsifier each time: a percentage, or name -> percentage
     n_cut: tuple # weights cut from then on in all; for units larger than a weight, at most that many; empty with `rates`
     rewind: int|None # batch to whose beginning training goes back, None for no rewinding
 
     n_epoch: int # of the fit
     in_rounds: bool # is there a rewind after each pruning?
+    ends: tuple # after which batches of an epoch a step is made
 
     def __len__(self): return len(self.plan)
     def __iter__(self): return iter(self.plan)
@@ -102,7 +104,14 @@ class FitPlan:
     def lines(self):
         "The table: epoch, step, sparsity, weights cut."
         n, counts = self.plan.steps_per_epoch, [f'{c:,}' for c in self.n_cut] or ['see report']*len(self)
-        return [(f'{step/n:g}', f'{step:,}', f'{s:.2f}', c) for (step, s), c in zip(self.plan, counts)]
+        return [(f'{batch/n:g}', f'{self.step(batch):,}', f'{s:.2f}', c) for (batch, s), c in zip(self.plan, counts)]
+
+    def step(self,
+        batch:int, # from the start of the fit
+    )->int: # as many steps, for each batch is one unless gradients are accumulated
+        "How many steps are made by a batch."
+        epochs, rest = divmod(batch, self.plan.steps_per_epoch)
+        return epochs*len(self.ends) + bisect_right(self.ends, rest)
 
 # %% ../nbs/api/07_callback.ipynb #ee33a0f8
 @patch(as_prop=True)
@@ -110,7 +119,7 @@ def note(self:FitPlan)->str:
     "Where training goes back to, and what would make rounds as long as the dense training."
     if self.rewind is None: return ''
     n, start = self.plan.steps_per_epoch, self.plan[0][0]/self.plan.steps_per_epoch
-    said = f'{"After each" if self.in_rounds else "At the end"}, rewind to epoch {self.rewind/n:g} (step {self.rewind:,}).'
+    said = f'{"After each" if self.in_rounds else "At the end"}, rewind to epoch {self.rewind/n:g} (step {self.step(self.rewind):,}).'
     first = self.rewind//n
     end = first + (self.n_epoch - start)/len(self)
     if not self.in_rounds or end == start or not start: return said
@@ -155,6 +164,8 @@ def _rewind_batch(self:SparsifyCallback, n_batches, ends, first_pruning):
     else: batch, where = _batch_of(int(self.rewind_step), n_batches, ends), f'rewind_step={self.rewind_step}'
     if batch > first_pruning:
         raise ValueError(f'{where} lies after start_epoch={self.start_epoch:g} ({len(ends)} steps an epoch), when pruning starts: rewind to an earlier point, or start later')
+    if batch % n_batches not in (0, *ends):
+        raise ValueError(f'{where} lies inside a group of accumulated gradients, which a rewind would drop: rewind to a step, by rewind_step=')
     return batch
 
 def _batch_of(step, n_batches, ends):
@@ -194,7 +205,8 @@ def plan(self:SparsifyCallback,
     for _, s in plan: check_sparsity(s, 'schedule', warn=False)
     if not (self.allow_empty or self.granularity == 'layer'): self._refuse_emptying(selection.weights, levels)
     n_cut = () if self.rates else tuple(_n_cut(selection.weights, s, self.context) for s in levels)
-    return FitPlan(plan, levels, n_cut, self._rewind_batch(n, step_ends(learn), plan[0][0]), n_epoch, self.lth)
+    ends = tuple(step_ends(learn))
+    return FitPlan(plan, levels, n_cut, self._rewind_batch(n, ends, plan[0][0]), n_epoch, self.lth, ends)
 
 # %% ../nbs/api/07_callback.ipynb #f4796070
 @patch
@@ -258,6 +270,7 @@ def _prune_if_due(self:SparsifyCallback, batch):
     if self._fit_plan.rewind is not None and self.rewind_point is None:
         asked = f'rewind_epoch={self.rewind_epoch}' if self.rewind_step is None else f'rewind_step={self.rewind_step}'
         raise ValueError(f'{asked} was not reached before pruning started: epochs were cut short, gradients accumulated or steps skipped')
+    if self.lth: self.sparsifier._check_rewind(self.rewind_point, self.optimizer)
     self.sparsifier._cut_to(sparsity)
     if self.lth: self._rewind()
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from .checks import is_whole
 from .mask import Mask
-from .rewind import Position, RandomState, Resume, check_loaders, loader_generator, seed_generator, unwrap, with_generators
+from .rewind import Position, RandomState, Resume, check_loaders, kept_generators, loader_generator, seed_generator, unwrap
 from .sparsifier import Report, Sparsifier
 
 # %% ../nbs/api/06a_fitting.ipynb #c14cfeb7
@@ -32,11 +32,13 @@ def _in_training_fit(learn):
     if hasattr(learn, 'lr_finder') or learn.lock.locked(): return False
     frame = sys._getframe()
     while frame and not (frame.f_code.co_name == '__call__' and _self_of(frame) is learn): frame = frame.f_back
-    while frame and frame.f_code.co_name != '_with_events' and not isinstance(_self_of(frame), Callback): frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == '_with_events'  # others send events by themselves, or a callback has them sent
+    while frame and not (fits := frame.f_code.co_name == '_with_events' and _self_of(frame) is learn):
+        if frame.f_code.co_name == '__call__' and isinstance(_self_of(frame), Callback): return False # which has the events sent
+        frame = frame.f_back
+    return frame is not None and fits # others send events by themselves
 
 def _self_of(frame):
-    "The first argument of what runs in a frame."
+    "The first argument of what runs in a frame. A look keeps its variables alive as long as it runs, so look at few."
     return next(map(frame.f_locals.get, frame.f_code.co_varnames), None)
 
 # %% ../nbs/api/06a_fitting.ipynb #4b261cfd
@@ -145,10 +147,10 @@ def set_generators(
     loader=None, # the training loader
 ):
     "Set every random generator from the seed and the position."
-    loaders = with_generators([loader])
-    python, numpy, cpu, *own = (int(s) for s in np.random.SeedSequence((seed, epoch)).generate_state(3 + len(loaders)))
+    generators = loader_generator(loader), *kept_generators([loader])
+    python, numpy, cpu, *own = (int(s) for s in np.random.SeedSequence((seed, epoch)).generate_state(3 + len(generators)))
     random.seed(python); np.random.seed(numpy); torch.manual_seed(cpu)
-    for o, number in zip(loaders, own): seed_generator(loader_generator(o), number)
+    for g, number in zip(generators, own): seed_generator(g, number)
 
 # %% ../nbs/api/06a_fitting.ipynb #ba109a85
 class Seeded(Callback):
@@ -211,10 +213,13 @@ class _Watched(GetAttr):
 def step_ends(
     learn:Learner, # as it will be fitted
 )->list: # of batches of an epoch, counted from 1
-    "After which batches of an epoch a step is made: after each, unless gradients are accumulated. If the last is not among them, groups go on in the next epoch."
-    loader, n_acc = learn.dls.train, next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), 0)
-    n, bs = len(loader), getattr(loader, 'bs', None) or getattr(loader, 'batch_size', None) or n_acc
-    left = (getattr(loader, 'n', None) or n*bs) - (n - 1)*bs
+    "After which batches of an epoch a step is made: after each, unless gradients are accumulated. If the last is not among them, groups go on in the next epoch. `ValueError` where batches have no size that is known beforehand."
+    loader, n_acc = learn.dls.train, next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), None)
+    n = len(loader)
+    if n_acc is None: return list(range(1, n + 1))
+    bs, n_items = _sizes(loader)
+    if not bs: raise ValueError('gradients are accumulated over batches whose size is not known beforehand: give the loader a batch size, or leave GradientAccumulation out')
+    left = n_items - (n - 1)*bs
     ends, count = [], 0
     for i, size in enumerate([bs]*(n - 1) + [left if 0 < left < bs else bs], 1):
         count += size
@@ -222,6 +227,13 @@ def step_ends(
         ends.append(i)
         count = 0
     return ends
+
+def _sizes(loader):
+    "How many items a batch has, or None; and how many an epoch."
+    if bs := getattr(loader, 'bs', None): return bs, loader.n or len(loader)*bs # fastai's
+    sampler = getattr(loader, 'batch_sampler', None) # torch's
+    bs, items = getattr(sampler, 'batch_size', None), getattr(sampler, 'sampler', None)
+    return bs, len(items) if hasattr(items, '__len__') else len(loader)*(bs or 0)
 
 class PathCallback(MaskCallback):
     "Know where training stands on its path, and keep the training state where it is wanted."

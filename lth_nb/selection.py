@@ -55,6 +55,9 @@ def _by_default(name, p, module):
 # %% ../nbs/api/04a_selection.ipynb #dd9007a6
 def _has_shape(name, p, module): return (is_lazy(p) or p.ndim > 1) and not _is_part(name, module)
 
+_norm_types = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+def _is_weight(name, module): return not ('bias' in name.rpartition('.')[2] or isinstance(module, _norm_types) or '.parametrizations.' in f'.{name}')
+
 def _matches(choice, name, p, module):
     "Does a type, a name, a module's name or a pattern mean this parameter?"
     if isinstance(choice, type): return isinstance(module, choice) and _has_shape(name, p, module)
@@ -71,8 +74,8 @@ def chosen_names(
     for choice in (list(choices) if isinstance(choices, (list, tuple, set)) else [choices]):
         if not isinstance(choice, (str, type)): raise ValueError(f'{argument}={choice!r} is neither a type nor a name or pattern')
         names = [n for n, p, m in owned if _matches(choice, n, p, m)]
-        if isinstance(choice, str) and (argument == 'ignore' or not names): # all of a module, also what is not cut by default
-            names += [n for n, p, m in owned if n.startswith(choice + '.') and _has_shape(n, p, m)]
+        if isinstance(choice, str) and (argument != 'layers' or not names): # all of a module, also what is not cut by default
+            names += [n for n, p, m in owned if n.startswith(choice + '.') and _has_shape(n, p, m) and (argument != 'layers' or _is_weight(n, m))]
         if not names:
             known = ', '.join(n for n, p, m in owned if p.ndim > 1)
             raise ValueError(f'{argument}={choice!r} means no weight of this model, which has {known[:300]}')

@@ -139,7 +139,7 @@ def check_tensors(self:Sparsifier):
     "Raise `ValueError` unless the model still has the tensors that the mask is for."
     now = _all_names(self.model)
     other = next((n for n, t in self.tensors.items() if now.get(n) is not t), None)
-    if other is not None: raise ValueError(f'{other} is another tensor than when the sparsifier was made, as after a change of layers or load_state_dict(assign=True): make a new one, Sparsifier(model), with mask= to go on')
+    if other is not None: raise ValueError(f'{other} is another tensor than when the sparsifier was made, or has another name, as after a change of layers, load_state_dict(assign=True) or a parametrization: make a new one, Sparsifier(model), with mask= to go on')
 
 @patch
 def set_mask(self:Sparsifier,
@@ -289,10 +289,14 @@ def prune(self:Sparsifier,
     return self
 
 @patch
-def _check_rewind(self:Sparsifier, point, optimizer):
-    "Raise `ValueError`, before anything is cut, if the state cannot go back to the point."
+def _check_point(self:Sparsifier, point):
     if not isinstance(point, RewindPoint): raise ValueError(f'a {type(point).__name__} is no rewind point: give one from take()')
     self.check_tensors()
+
+@patch
+def _check_rewind(self:Sparsifier, point, optimizer):
+    "Raise `ValueError`, before anything is cut, if the state cannot go back to the point."
+    self._check_point(point)
     point.check(self.model, self.optimizer, optimizer, self.copies, self.others, self.loaders)
 
 # %% ../nbs/api/05_sparsifier.ipynb #185dbbf6
@@ -402,6 +406,7 @@ def connect(self:Sparsifier,
     loaders:Sequence=(), # data loaders, or generators, to rewind along
 )->Sparsifier: # itself
     "Say what belongs to the training state beside the model."
+    self.check_tensors()
     for name, given in (('copies', copies), ('others', others), ('loaders', loaders)): check_list(name, given)
     _check_optimizer(optimizer, others, self.weights)
     self.optimizer, self.copies, self.others, self.loaders = optimizer, tuple(copies), tuple(others), tuple(loaders)
@@ -450,7 +455,7 @@ def rewind(self:Sparsifier,
     optimizer:str='fresh', # what becomes of the optimizer's state: 'fresh', 'restore' or 'keep'
 )->Position: # where training stands now
     "Put the training state back, all but what is cut."
-    self._check_rewind(point, optimizer)
+    self._check_point(point)
     position = point.restore(self.model, self.optimizer, optimizer, self.copies, self.others, self.loaders)
     self.set_mask(self.mask)
     if _has_scheduler(self.optimizer) and not any(hasattr(o, 'last_epoch') for o in self.others):

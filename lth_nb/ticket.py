@@ -127,6 +127,7 @@ def from_sparsifier(cls:Ticket,
     "Make a ticket of a sparsifier's mask and a rewind point."
     if not isinstance(point, RewindPoint): raise ValueError(f'point={type(point).__name__}(…) is no rewind point: give one, from take()')
     if not (seed is None or is_whole(seed)): raise ValueError(f'seed={seed!r} is not a whole number from 0 up')
+    sparsifier.check_tensors()
     point.model.check(sparsifier.model)
     mask, tied = sparsifier.mask.to('cpu'), _tied(sparsifier)
     tensors = {n: t.cpu() for n, t in point.tensors.items()}

@@ -3,17 +3,20 @@ import contextlib
 import re
 import threading
 import warnings
+import weakref
 from copy import deepcopy
 from functools import partial
 
 import fastai.callback.hook # Learner.summary
+import fastai.optimizer
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import (Callback, CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException,
                                   CancelTrainException, FetchPredsCallback)
 from fastai.callback.schedule import fine_tune, fit_one_cycle, lr_find
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
-from fastai.data.core import Datasets
+from fastai.data.core import DataLoaders, Datasets
 from fastai.learner import Learner
 from fastcore.foundation import L
 from fastcore.imports import noop
@@ -22,7 +25,8 @@ from torch import nn
 from helpers_fastai import (BATCH_SIZE, N_BATCHES, ConvNet, Everything, Items, Losses, RaiseAt, SkipSteps, Spy, Steps, TakeTurns, different, generators_kept,
                             n_zeros, new_turn, opt_stats, same, small_dls, small_learner, tensors_of)
 from lth_nb.callback import SparsifyCallback
-from lth_nb.fitting import MaskCallback, Seeded
+from lth_nb.cpu import FastCPU
+from lth_nb.fitting import MaskCallback, Seeded, step_ends
 from lth_nb.rewind import Position
 from lth_nb.schedule import agp, cos, dsd, geometric, iterative, lin, one_cycle, one_shot
 from lth_nb.sparsifier import Sparsifier
@@ -227,6 +231,41 @@ def test_gradients_accumulated_over_the_end_of_an_epoch(n_acc, kwargs):
     with pytest.raises(ValueError, match='across the end of an epoch'): sp_cb.plan(learn, 8)
     with pytest.raises(ValueError, match='across the end of an epoch'): learn.fit(8, 1e-2, cbs=[watch, sp_cb])
     assert watch.losses == []
+
+
+@pytest.mark.parametrize('kwargs', [dict(rewind_epoch=.25), dict(rewind_epoch=1.75)], ids=str)
+def test_a_rewind_into_a_group_of_accumulated_gradients(kwargs):
+    "Two batches make a step; the position after one of them is none to go back to."
+    learn, watch, sp_cb = small_learner(cbs=GradientAccumulation(2*BATCH_SIZE)), Losses(), SparsifyCallback(50, start_epoch=2, lth=True, **kwargs)
+    with pytest.raises(ValueError, match='inside a group'): learn.fit(8, 1e-2, cbs=[watch, sp_cb])
+    assert watch.losses == []
+
+
+TORCH_LOADERS = {
+    'the last batch is short': lambda data: torch.utils.data.DataLoader(data, BATCH_SIZE),
+    'a sampler of batches': lambda data: torch.utils.data.DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(range(len(data)), BATCH_SIZE, False)),
+    'whole batches only': lambda data: torch.utils.data.DataLoader(data, BATCH_SIZE, drop_last=True)}
+
+@pytest.mark.parametrize('make', TORCH_LOADERS.values(), ids=TORCH_LOADERS)
+@pytest.mark.parametrize('n, n_acc', [(28, 16), (28, 12), (24, 16), (32, 8), (26, 24)])
+def test_steps_of_accumulated_gradients_are_foreseen(make, n, n_acc):
+    "For loaders of torch, whose last batch may be a short one: the batches after which the first epoch makes a step."
+    class Seen(Callback):
+        order, ends = GradientAccumulation.order + 1, ()
+        def after_step(self): self.ends += (self.iter + 1,)
+    loader = make(Items(n))
+    learn, seen = small_learner(dls=DataLoaders(loader, loader), cbs=GradientAccumulation(n_acc)), Seen()
+    learn.fit(1, cbs=seen)
+    assert step_ends(learn) == [*seen.ends]
+
+
+def test_batches_of_unknown_size_cannot_be_accumulated():
+    class Groups(torch.utils.data.Sampler):
+        def __len__(self): return 4
+        def __iter__(self): return iter([[0], [1, 2], [3], [4, 5]])
+    loader = torch.utils.data.DataLoader(Items(6), batch_sampler=Groups())
+    assert step_ends(small_learner(dls=DataLoaders(loader, loader))) == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match='size is not known'): step_ends(small_learner(dls=DataLoaders(loader, loader), cbs=GradientAccumulation(3)))
 
 
 @pytest.mark.parametrize('n_epoch', ['8', None, 8.])
@@ -444,6 +483,70 @@ def test_a_fit_with_a_mask_for_other_tensors_is_refused(callback):
     was = tensors_of(learn.model)
     with pytest.raises(ValueError, match='4.weight is another tensor'): learn.fit(1, cbs=cb)
     assert same(was, tensors_of(learn.model))
+
+
+def test_training_one_learner_leaves_the_callback_of_another_alone():
+    "A loss that uses a teacher sends it events while the student trains."
+    teacher, sp_cb = small_learner(), SparsifyCallback(50, schedule=one_shot)
+    teacher.add_cb(sp_cb)
+    def loss(pred, y):
+        with teacher: teacher.model.eval()
+        return torch.nn.functional.cross_entropy(pred, y)
+    student = small_learner()
+    student.loss_func = loss
+    student.fit(1, 1e-2)
+    assert sp_cb.sparsifier is None
+
+
+def test_making_a_learner_keeps_nothing_alive():
+    "A look at the variables of those who call would, on Python 3.11."
+    class Big: pass
+    big = Big()
+    gone = weakref.ref(big)
+    small_learner(cbs=SparsifyCallback(50))
+    del big
+    assert gone() is None
+
+
+class OwnStep(Learner):
+    "A training step that sends its events itself, as with several optimizers."
+    def _do_grad_opt(self):
+        self._backward(); self('after_backward')
+        self._step(); self('after_step')
+        self.opt.zero_grad()
+
+@pytest.mark.parametrize('more', [(), (FastCPU(False),)], ids=['alone', 'with FastCPU'])
+def test_masks_hold_after_steps_that_a_learner_sends_itself(more):
+    class Zeros(Callback):
+        order, found = 90, ()
+        def after_batch(self):
+            if self.training: self.found += (sum(int((w == 0).sum()) for w in sparsifier.weights.values()),)
+    learn, zeros = of_class(OwnStep), Zeros()
+    sparsifier = Sparsifier(learn.model)
+    sparsifier.prune(50)
+    learn.fit(2, 1e-2, cbs=[MaskCallback(sparsifier), zeros, *more])
+    assert {*zeros.found} == {88} and len(zeros.found) == 2*N_BATCHES
+
+
+class Lazy(Items):
+    "A data set whose generator comes with its first item, as is common."
+    rng = None
+    def __getitem__(self, i):
+        if self.rng is None: self.rng = np.random.default_rng(0)
+        x, y = super().__getitem__(i)
+        return x + .1*float(self.rng.normal()), y
+
+def test_a_generator_made_with_the_first_item_ends_no_fit():
+    sp_cb = SparsifyCallback(50, start_epoch=2, lth=True)
+    with pytest.warns(UserWarning, match='keeps 1 generators of its own'): small_learner(dls=small_dls(train=Lazy(32))).fit(8, 1e-2, cbs=sp_cb)
+    assert n_zeros(sp_cb) == 88
+
+
+def test_one_cycle_adds_settings_to_an_optimizer_and_leaves_its_kind():
+    def plain(params, lr, **kwargs): return fastai.optimizer.Optimizer(params, [fastai.optimizer.weight_decay, fastai.optimizer.sgd_step], lr=lr, wd=0.)
+    sp_cb = SparsifyCallback(50, start_epoch=2, lth=True)
+    small_learner(opt_func=plain).fit_one_cycle(8, 1e-2, cbs=sp_cb)
+    assert n_zeros(sp_cb) == 88
 
 
 # Looking changes nothing

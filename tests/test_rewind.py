@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers_core import assert_held, conv_net, device, equal, seeded, train_step  # noqa: F401
 from lth_nb.fitting import set_generators
-from lth_nb.rewind import (ModelState, Position, RandomState, Resume, RewindPoint, check_loaders, check_optimizer_choice, loader_generator, named_tensors,
-                           restore_optimizer, unwrap)
+from lth_nb.rewind import (ModelState, Position, RandomState, Resume, RewindPoint, check_loaders, check_optimizer_choice, kept_generators, loader_generator,
+                           named_tensors, restore_optimizer, unwrap)
 from lth_nb.sparsifier import Sparsifier
 
 PER_EPOCH, END = 6, 15
@@ -278,8 +278,10 @@ OWN = {
     "numpy's in the data set": lambda: DataLoader(Noisy(np.random.default_rng(0)), 4, shuffle=True),
     "torch's in the data set": lambda: DataLoader(Noisy(torch.Generator()), 4),
     "Python's in the data set": lambda: DataLoader(Noisy(random.Random(0)), 4, shuffle=True, generator=torch.Generator()),
+    "numpy's old one in the data set": lambda: DataLoader(Noisy(np.random.RandomState(0)), 4),
     'in a part of the data set': lambda: DataLoader(torch.utils.data.Subset(Noisy(np.random.default_rng(0)), range(8)), 4),
     'in one of several data sets': lambda: DataLoader(torch.utils.data.ConcatDataset([range(4), Noisy(np.random.default_rng(0))]), 4, shuffle=True),
+    'in a stack of data sets': lambda: DataLoader(torch.utils.data.StackDataset(a=Noisy(np.random.default_rng(0))), 4, collate_fn=lambda items: torch.tensor([i['a'] for i in items])),
     'in a stream': lambda: DataLoader(Stream(), 4),
     "numpy's in the sampler": lambda: DataLoader(range(12), 4, sampler=Shuffles(12, np.random.default_rng(0))),
     'in the sampler of batches': lambda: DataLoader(range(12), batch_sampler=torch.utils.data.BatchSampler(Shuffles(12, random.Random(0)), 4, False)),
@@ -301,10 +303,33 @@ def test_generators_that_data_keep_go_back(make):
     assert seen[0] == seen[1] and seen[0] != seen[2] != seen[3] != seen[0]
 
 
-def test_a_loader_that_keeps_more_generators_than_the_point_is_refused():
-    model, loader = nn.Linear(2, 2), OWN["Python's in the data set"]()
-    point = RewindPoint.take(model, loaders=[DataLoader(range(12), 4)])
-    with pytest.raises(ValueError, match='loaders has 2 entries'): point.restore(model, loaders=[loader])
+def test_a_generator_that_came_later_is_told_and_all_else_goes_back():
+    "A data set that makes its generator with its first item has none when the point is taken."
+    model, data = nn.Linear(2, 2), Noisy(None)
+    loader = DataLoader(data, 4, shuffle=True, generator=torch.Generator())
+    point = RewindPoint.take(model, loaders=[loader])
+    before = loader.generator.get_state()
+    data.rng = np.random.default_rng(0)
+    list(loader)
+    with pytest.warns(UserWarning, match='keeps 1 generators of its own now and kept 0 before'): point.restore(model, loaders=[loader])
+    assert equal(loader.generator.get_state(), before)
+
+
+def test_what_has_no_state_is_no_generator():
+    data = Noisy(random.SystemRandom())
+    loader = DataLoader(data, 4)
+    assert kept_generators([loader]) == () and loader_generator(data.rng) is None
+    RewindPoint.take(nn.Linear(2, 2), loaders=[loader]).restore(nn.Linear(2, 2), loaders=[loader])
+
+
+def test_many_parts_of_one_data_set_are_looked_at_once():
+    class Counted(Noisy):
+        looks = 0
+        def __getattribute__(self, name):
+            Counted.looks += name == '__dict__'
+            return super().__getattribute__(name)
+    parts = torch.utils.data.ConcatDataset([torch.utils.data.Subset(Counted(random.Random(0)), range(3)) for _ in range(1)]*500)
+    assert len(kept_generators([DataLoader(parts, 4)])) == 1 and Counted.looks < 5
 
 
 def test_workers_that_live_on_are_found_inside_a_wrapper():
@@ -459,12 +484,13 @@ def test_restore_goes_on_as_if_nothing_had_been(name):
     assert equal(first, (dict(model.state_dict()), optimizer.state_dict()))
 
 
-KINDS = dict(sgd=lambda ps: torch.optim.SGD(ps, .1, momentum=.9), adam=lambda ps: torch.optim.Adam(ps, 1e-4), rmsprop=lambda ps: torch.optim.RMSprop(ps, .01),
+KINDS = dict(sgd=lambda ps: torch.optim.SGD(ps, .1, momentum=.9), adam=lambda ps: torch.optim.Adam(ps, 1e-4), rmsprop=lambda ps: torch.optim.RMSprop(ps, .01), adamax=lambda ps: torch.optim.Adamax(ps),
              fastai_sgd=lambda ps: fastai.optimizer.SGD(list(ps), .1, mom=.9), fastai_adam=lambda ps: fastai.optimizer.Adam(list(ps), 1e-4), wrapped_sgd=lambda ps: fastai.optimizer.OptimWrapper(opt=KINDS['sgd'](ps)),
              wrapped_adam=lambda ps: fastai.optimizer.OptimWrapper(opt=KINDS['adam'](ps)))
 
 @pytest.mark.parametrize('how', ['fresh', 'restore', 'keep'])
-@pytest.mark.parametrize('taken, given', [('sgd', 'adam'), ('adam', 'sgd'), ('adam', 'rmsprop'), ('fastai_sgd', 'fastai_adam'), ('wrapped_sgd', 'wrapped_adam')])
+@pytest.mark.parametrize('taken, given', [('sgd', 'adam'), ('adam', 'sgd'), ('adam', 'rmsprop'), ('adam', 'adamax'), ('fastai_sgd', 'fastai_adam'),
+                                          ('fastai_adam', 'fastai_sgd'), ('wrapped_sgd', 'wrapped_adam'), ('wrapped_adam', 'adamax')])
 def test_an_optimizer_of_another_kind_is_refused_and_nothing_is_touched(taken, given, how):
     model = conv_net()
     first = KINDS[taken](model.parameters())

@@ -21,6 +21,7 @@ from lth_nb.rewind import named_tensors, unwrap
 from lth_nb.schedule import geometric, iterative
 from lth_nb.selection import prunable
 from lth_nb.sparsifier import Sparsifier
+from lth_nb.ticket import Ticket
 
 # ---- the same weights as torch's own global pruning ----
 
@@ -768,3 +769,23 @@ def test_the_name_of_an_embedding_means_its_weight():
     assert 'tied to body.emb.weight, which is ignored' in prunable(model, ignore='body.emb').notes['out.weight']
     for choice in ('body.norm', 'bod'):
         with pytest.raises(ValueError, match='means no weight'): prunable(model, layers=choice)
+
+
+@pytest.mark.parametrize('parametrize', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal, nn.utils.weight_norm])
+def test_the_name_of_a_layer_whose_weight_is_computed_means_nothing(parametrize):
+    "What it is computed from could be cut, and its weight would have no zero."
+    model = nn.Sequential(parametrize(nn.Linear(6, 6)), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match="layers='0' means no weight"): prunable(model, layers='0')
+
+
+def test_the_name_of_a_module_means_neither_its_biases_nor_its_normalisation():
+    model = nn.ModuleDict(dict(body=nn.ModuleDict(dict(norm=nn.LayerNorm((4, 4)), emb=nn.Embedding(9, 4)))))
+    model.body.emb.bias = nn.Parameter(torch.ones(2, 2))
+    assert list(prunable(model, layers='body').weights) == ['body.emb.weight']
+
+
+def test_sparsities_for_a_module_are_for_all_of_it_that_was_chosen():
+    model = nn.ModuleDict(dict(body=nn.ModuleDict(dict(emb=nn.Embedding(10, 4), mix=nn.Linear(4, 5))), out=nn.Linear(4, 5)))
+    sp = Sparsifier(model, layers=['body.emb', 'body.mix', 'out'])
+    sp.prune({'body': 50})
+    assert {n: sp.mask.kept_in(n) for n in sp.weights} == {'body.emb.weight': 20, 'body.mix.weight': 10, 'out.weight': 20}
