@@ -46,6 +46,8 @@ def with_unit(
     "Name a metric with its unit, where it has one."
     return f'{metric} (%)' if is_share(metric) else metric
 
+def _measured_when(metric): return 'over the last epoch, while training' if metric == 'train_loss' else 'after the last step'
+
 # %% ../nbs/api/10_analysis.ipynb #0083aa66
 def _measured(frame):
     "The metrics among the columns: what stands between the cost and the name of the segment."
@@ -135,7 +137,7 @@ def table(self:Results,
         mean, low, high = t_interval(values, confidence)
         rows.append(dict(arm=arm, level=level, sparsity=about.sparsity[arm, level], mean=mean, low=low, high=high, min=values.min(), max=values.max(),
                          n_seeds=len(values), missing=len(wide) - len(values), cost=about.cost[arm, level]))
-    return noted_table(rows, f'{with_unit(metric)} after the last step: mean over seeds, its {confidence:g} % t interval from low to high, lowest and highest seed; '
+    return noted_table(rows, f'{with_unit(metric)} {_measured_when(metric)}: mean over seeds, its {confidence:g} % t interval from low to high, lowest and highest seed; '
                        'cost in epochs trained in all.')
 
 # %% ../nbs/api/10_analysis.ipynb #329eafb3
@@ -261,7 +263,7 @@ def compare(self:Results,
         mean, low, high = difference_interval(d, 100 - k/len(pairs))
         rows.append(row | dict(difference=mean, low=low, high=high, p=p, p_holm=corrected, note=note))
     together = f'the {len(pairs)} intervals hold together with {confidence:g} % (Bonferroni)' if len(pairs) > 1 else f'{confidence:g} % interval'
-    return noted_table(rows, f'{with_unit(metric)}, arm minus other, seed by seed after the last step; {together}; p by paired t test, p_holm corrected for {len(pairs)}.')
+    return noted_table(rows, f'{with_unit(metric)}, arm minus other, seed by seed {_measured_when(metric)}; {together}; p by paired t test, p_holm corrected for {len(pairs)}.')
 
 # %% ../nbs/api/10_analysis.ipynb #0896b507
 def against_dense(
@@ -344,7 +346,7 @@ def verdict(self:Results,
         word, (low, high) = str(judged[0]) if row['n_seeds'] >= min_seeds else 'not enough seeds', sorted(sign*end for end in judged[1:])
         about = {k: row[k] for k in ('arm', 'level', 'sparsity', 'other')}
         rows.append(about | dict(verdict=word, difference=t_interval(d[np.isfinite(d)])[0], low=low, high=high, n_seeds=row['n_seeds'], kind=kind, note=note))
-    note = (f'{with_unit(metric)}, ticket minus other, seed by seed after the last step{"; less is better" if sign < 0 else ""}. '
+    note = (f'{with_unit(metric)}, ticket minus other, seed by seed {_measured_when(metric)}{"; less is better" if sign < 0 else ""}. '
             f'Against dense: one-sided {confidence:g} % bounds each and a margin of {margin:g}.')
     if n_controls: note += f' Against controls: t intervals, {n_controls} in all, that hold together with {confidence:g} % (Bonferroni).'
     return Verdict(noted_table(rows, note), margin, metric, min_seeds, confidence)

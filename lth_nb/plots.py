@@ -62,6 +62,7 @@ def legend_above(ax):
 @patch
 def plot_arms(self:Results,
     metric:str='accuracy', # a column of the rows
+    arms:str|list|None=None, # from top to bottom; default: all
     level:int|None=None, # of each arm that is pruned; default: its last one
     sparsity:float|None=None, # percent, instead of a level
     confidence:float=95, # percent
@@ -70,7 +71,7 @@ def plot_arms(self:Results,
     "Draw every seed of every arm as a dot, and the mean with its interval."
     check_confidence(confidence)
     wide, styles = self.by_seed(metric), looks(self)
-    at = {(arm, self.level_at(arm, level, sparsity)): look for arm, look in styles.items()}
+    at = {(arm, self.level_at(arm, level, sparsity)): styles[arm] for arm in listify(arms) or styles}
     ax = rows_for(ax, [arm for arm, _ in at])
     for i, (key, look) in enumerate(at.items()):
         values = wide[key].dropna()

@@ -446,6 +446,14 @@ def test_every_seed_is_a_dot_and_the_mean_is_where_it_should_be():
     dots = ax.lines[0]
     np.testing.assert_allclose(dots.get_xdata(), results.by_seed()['dense', 0])
     assert [t.get_text() for t in ax.get_yticklabels()] == list(KINDS)
+    some = results.plot_arms(arms=['shuffled', 'imp'], ax=matplotlib.figure.Figure().subplots())
+    assert [t.get_text() for t in some.get_yticklabels()] == ['shuffled', 'imp'] and some.lines[0].get_color() == looks(results)['shuffled']['color']
+
+
+def test_the_training_loss_is_said_to_be_a_mean_over_the_last_epoch():
+    results = made({('dense', 0): [.9, .91], ('imp', 1): [.8, .82]}, train_loss=.5)
+    for said in (results.table('train_loss'), results.compare('imp', 'dense', metric='train_loss')): assert 'over the last epoch' in said.attrs['note']
+    assert 'after the last step' in example().compare('imp', 'dense').attrs['note']
 
 
 def test_high_sparsities_have_room():
