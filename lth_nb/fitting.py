@@ -209,7 +209,7 @@ class _Watched(GetAttr):
             if (batch := next(batches, end)) is end: return
             yield batch
 
-# %% ../nbs/api/06a_fitting.ipynb #c4ee12c3
+# %% ../nbs/api/06a_fitting.ipynb #a6e91d34
 def step_ends(
     learn:Learner, # as it will be fitted
 )->list: # of batches of an epoch, counted from 1
@@ -235,6 +235,7 @@ def _sizes(loader):
     bs, items = getattr(sampler, 'batch_size', None), getattr(sampler, 'sampler', None)
     return bs, len(items) if hasattr(items, '__len__') else len(loader)*(bs or 0)
 
+# %% ../nbs/api/06a_fitting.ipynb #c4ee12c3
 class PathCallback(MaskCallback):
     "Know where training stands on its path, and keep the training state where it is wanted."
     _position, _skipped, _resumes = Position(), False, None

@@ -150,7 +150,7 @@ class RandomState:
         else:
             for g, state in zip(kept, self.kept): _set_state(g, state)
 
-# %% ../nbs/api/04_rewind.ipynb #36de6c93
+# %% ../nbs/api/04_rewind.ipynb #9b2d47f1
 _optimizer_choices = ('fresh', 'restore', 'keep')
 
 def check_optimizer_choice(
@@ -176,6 +176,7 @@ def restore_optimizer(
         saved = {**saved, 'state': now['state']} if cleared else {**now, **settings}
     optimizer.load_state_dict(saved)
 
+# %% ../nbs/api/04_rewind.ipynb #36de6c93
 def _n_params(state):
     "How many parameters each group has in an optimizer's `state_dict()`, or how many groups and parameters in fastai's; nothing of other objects."
     if 'param_groups' in state: return [len(g['params']) for g in state['param_groups']]

@@ -69,7 +69,7 @@ def _seed_for(criterion, seed):
     if not is_whole(seed, -2**63): raise ValueError(f'seed={seed!r} is not a whole number')
     return int(seed)
 
-# %% ../nbs/api/05_sparsifier.ipynb #1672d85e
+# %% ../nbs/api/05_sparsifier.ipynb #c83f5a10
 def _selected_by(mask, model, ignore):
     "The weights that a given mask is for."
     if not isinstance(mask, Mask): raise ValueError(f'mask is a {type(mask).__name__}: give a Mask, as by Mask({{name: tensor}})')
@@ -77,6 +77,7 @@ def _selected_by(mask, model, ignore):
     if lacking: raise ValueError(f'the mask has {lacking[0]}, which is no weight of this model')
     return prunable(model, list(mask.weights), ignore)
 
+# %% ../nbs/api/05_sparsifier.ipynb #1672d85e
 class Sparsifier:
     "Cut the lowest weights of a model, and hold them at zero."
     def __init__(self,
