@@ -18,7 +18,7 @@ from .analysis import check_confidence, is_share, t_interval, with_unit
 from .results import Results
 
 # %% ../nbs/api/10a_plots.ipynb #63285a57
-_COLORS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#AA3377' # the first four after Okabe & Ito 2008
+_COLORS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#8A7000' # the first four after Okabe & Ito 2008
 _MARKERS = 'osD^vPX'
 
 def looks(
