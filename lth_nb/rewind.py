@@ -263,7 +263,7 @@ class RewindPoint:
 
     def __repr__(self): return f'RewindPoint(step {self.position.steps}, epoch {self.position.epoch}, batch {self.position.batch}, {len(self.tensors)} tensors)'
 
-# %% ../nbs/api/04_rewind.ipynb #d7e01d0c
+# %% ../nbs/api/04_rewind.ipynb #4c7ae2d9
 def check_list(
     name:str, # of the argument
     given:Sequence, # its value
@@ -282,6 +282,7 @@ def check_loaders(
     if any(getattr(getattr(o, 'fake_l', o), 'persistent_workers', False) for l in loaders for o in _layers(l)):
         raise ValueError('a data loader has persistent_workers=True, whose generators cannot be put back: make it without')
 
+# %% ../nbs/api/04_rewind.ipynb #d7e01d0c
 @patch(cls_method=True)
 def take(cls:RewindPoint,
     model:nn.Module, # perhaps wrapped
