@@ -9,8 +9,9 @@ a run that was stopped goes on. Recipes and questions were fixed before the firs
 cropped images, which its text does not say and its notebook does, was found when four of five seeds of `plain` and two of three of `plain_one_cycle` had been
 run as the blog's recipe; those stay as they are, and the others take it. Fine-tuning trained on the order and the cuts of the first five epochs in every
 round, until its first seed had a lower training loss than longer training and a higher one in validation; it was mended in the library and run anew. `ahead` and `masks.csv` ask
-what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did. That `far` and `128px` compute in bfloat16 was decided
-when two seeds of `bf16` had been run, and before anything of theirs. The shuffled mask in `masks.csv` was asked when a reader missed it, after four of five seeds of
+what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did. That `far` computes in bfloat16 was decided
+when two seeds of `bf16` had been run, and before anything of its own; `128px` was to do so as well, and was put back to float32 when the machine at hand turned out slower in
+bfloat16 and all that had been run of it was one epoch of its dense network. The shuffled mask in `masks.csv` was asked when a reader missed it, after four of five seeds of
 `untrained`.
 """
 import os
@@ -44,7 +45,7 @@ PARTS = {
     # what the optimizer, the blog's longer rounds and plain fine-tuning do
     'rounds': Experiment(BLOG, [dense(), finetune(of=EARLY), LONGER, imp(optimizer='keep')], iterative, 50, range(3)),
     # the blog's three arms at its size of images
-    '128px': Experiment(FAST.with_options(size=128), [dense(), EARLY, LONGER], iterative, 50, range(1)),
+    '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LONGER], iterative, 50, range(1)),
     # how far can one prune?
     'far': Experiment(FAST, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
     # what do the masks of `blog` and `plain` know before any training? Of `plain`, the seeds whose states were still there
