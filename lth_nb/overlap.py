@@ -50,9 +50,10 @@ def plot_layers(self:Results,
     level:int|None=None, # default: the last of each arm
     sparsity:float|None=None, # percent, instead of a level
     ax=None, # matplotlib axes
+    styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
 ):
     "Draw the sparsity of every layer: the mean over seeds, and a line from the lowest to the highest."
-    frame, styles = self.layers(arms, level, sparsity), looks(self)
+    frame, styles = self.layers(arms, level, sparsity), looks(self, styles)
     names = list(dict.fromkeys(frame['layer']))
     by_arm = {arm: group.groupby('layer')['sparsity'].agg(['mean', 'min', 'max']).loc[names] for arm, group in frame.groupby('arm', sort=False)}
     ax = rows_for(ax, names)

@@ -23,6 +23,7 @@ _MARKERS = 'osD^vPX'
 
 def looks(
     results:Results, # with the arms
+    styles:dict|None=None, # arm -> keywords for `plot` that it gets instead
 )->dict: # arm -> keywords for `plot`
     "Give each arm its colour, marker and line."
     kinds, found = {r['arm']: r['kind'] for r in results.rows}, {}
@@ -30,7 +31,7 @@ def looks(
         i = sum(look['color'] != 'grey' for look in found.values())
         found[arm] = dict(color='grey', marker='.') if kind == 'dense' else dict(color=_COLORS[i % len(_COLORS)], marker=_MARKERS[i % len(_MARKERS)], ms=5)
         if kind == 'control': found[arm] |= dict(ls='--', mfc='none')
-    return found
+    return {arm: look | (styles or {}).get(arm, {}) for arm, look in found.items()}
 
 # %% ../nbs/api/10a_plots.ipynb #8311dc07
 def axes_for(
@@ -67,10 +68,11 @@ def plot_arms(self:Results,
     sparsity:float|None=None, # percent, instead of a level
     confidence:float=95, # percent
     ax=None, # matplotlib axes
+    styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
 ):
     "Draw every seed of every arm as a dot, and the mean with its interval."
     check_confidence(confidence)
-    wide, styles = self.by_seed(metric), looks(self)
+    wide, styles = self.by_seed(metric), looks(self, styles)
     at = {(arm, self.level_at(arm, level, sparsity)): styles[arm] for arm in listify(arms) or styles}
     ax = rows_for(ax, [arm for arm, _ in at])
     for i, (key, look) in enumerate(at.items()):
@@ -105,10 +107,11 @@ def plot_sparsity(self:Results,
     arms:str|list|None=None, # default: all
     confidence:float=95, # percent
     ax=None, # matplotlib axes
+    styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
 ):
     "Draw a metric against sparsity, mean and interval; arms that are never pruned are bands."
     check_confidence(confidence)
-    wide, styles, sparsity = self.by_seed(metric), looks(self), self.frame.groupby(['arm', 'level']).sparsity.mean().to_dict()
+    wide, styles, sparsity = self.by_seed(metric), looks(self, styles), self.frame.groupby(['arm', 'level']).sparsity.mean().to_dict()
     last_levels = {arm: self.level_at(arm) for arm in listify(arms) or styles}
     ax = axes_for(ax, 2.6 + .12*len(last_levels))
     for arm, last in last_levels.items():
@@ -135,10 +138,11 @@ def plot_epochs(self:Results,
     sparsity:float|None=None, # percent, instead of a level
     confidence:float=95, # percent
     ax=None, # matplotlib axes
+    styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
 ):
     "Draw a metric against the epoch, mean and interval."
     check_confidence(confidence)
-    frame, styles, scale = self.history_frame, looks(self), 100 if is_share(metric) else 1
+    frame, styles, scale = self.history_frame, looks(self, styles), 100 if is_share(metric) else 1
     if metric not in frame: raise ValueError(f'metric={metric!r} is not in the history of these results, which has {list(frame)!r}')
     at = {arm: self.level_at(arm, level, sparsity) for arm in listify(arms) or styles}
     ax = axes_for(ax, 2.6 + .12*len(at))

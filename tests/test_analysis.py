@@ -409,9 +409,9 @@ def test_the_words_say_what_is_missing():
     text = made(winning).verdict().lines[0][1]
     assert 'No control was run here' in text and 'With `dense`: no pair in seed 3.' in text
     text = made(winning | {('reinit', 1): [.9, .91, .90, .9]}).verdict().lines[0][1]
-    assert 'What beating `reinit` would show is not shown' in text and 'No difference from `reinit` shown' in text
+    assert 'Not shown to beat `reinit`: what it stands for' in text and 'No difference from `reinit` shown' in text
     text = made(winning | {('reinit', 1): [.8, .811, .802, .8]}).verdict().lines[0][1]
-    assert 'Better than `reinit`' in text and 'nothing shows' not in text and 'not shown' not in text
+    assert 'Better than `reinit`' in text and 'nothing shows' not in text and 'Not shown' not in text
     text = made({('dense', 0): [.9, .95, .85], ('imp', 1): [.9, .9, .9]}).verdict().lines[0][1]
     assert text.startswith('undecided') and 'nothing shows' not in text
     assert 'ticket to judge' in example().only(['dense', 'finetune']).verdict()._repr_markdown_()
@@ -438,6 +438,14 @@ def test_pictures_use_the_axes_they_are_given_and_leave_the_settings_alone(run):
         assert fresh.figure.get_facecolor() == (1, 1, 1, 1)  # black text on it can be read in a dark notebook
         plt.close(fresh.figure)
     assert dict(matplotlib.rcParams) == SETTINGS and not plt.get_fignums()
+
+
+@pytest.mark.parametrize('plot', ['plot_arms', 'plot_sparsity', 'plot_epochs', 'plot_layers'])
+def test_an_arm_looks_as_it_is_told(run, plot):
+    results, _ = run
+    def colours(**styles): return [artist.get_color() for artist in getattr(results, plot)(ax=matplotlib.figure.Figure().subplots(), **styles).lines]
+    before, after = colours(), colours(styles={'imp': dict(color='#123456'), 'not among them': dict(color='red')})
+    assert after == ['#123456' if c == looks(results)['imp']['color'] else c for c in before] != before
 
 
 def test_every_seed_is_a_dot_and_the_mean_is_where_it_should_be():
