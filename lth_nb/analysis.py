@@ -103,23 +103,24 @@ class NotedTable(pd.DataFrame):
     @property
     def _constructor(self): return NotedTable
 
-    def __repr__(self):
-        formats = {c: short_p for c in self if c in ('p', 'p_holm')}
-        note = f'{self.attrs["note"]}\n' if 'note' in self.attrs else ''
-        return note + self.to_string(index=False, float_format=short_number, formatters=formats, na_rep='–')
+    @property
+    def _note(self): return ' '.join([self.attrs.get('note', ''), *(said for c, said in self.attrs.get('of_columns', {}).items() if c in self.columns)]).strip()
 
-    def _repr_html_(self):
-        note = f'<p>{escape(self.attrs["note"])}</p>' if 'note' in self.attrs else ''
-        formats = {c: short_p for c in self if c in ('p', 'p_holm')}
-        return note + self.to_html(index=False, border=0, float_format=short_number, formatters=formats, na_rep='–')
+    @property
+    def _shown(self): return dict(index=False, float_format=short_number, formatters={c: short_p for c in self if c in ('p', 'p_holm')}, na_rep='–')
+
+    def __repr__(self): return f'{self._note}\n'.lstrip() + self.to_string(**self._shown)
+
+    def _repr_html_(self): return (f'<p>{escape(self._note)}</p>' if self._note else '') + self.to_html(border=0, **self._shown)
 
 def noted_table(
     rows:list, # of dicts
-    note:str, # what the columns are
+    note:str, # what the table is
+    **of_columns, # what is said of single columns, where they are there
 )->NotedTable:
     "Make a table of rows with a note above it."
     table = NotedTable(rows)
-    table.attrs['note'] = note
+    table.attrs |= dict(note=note, of_columns=of_columns)
     return table
 
 # %% ../nbs/api/10_analysis.ipynb #a6d402e9
@@ -263,7 +264,8 @@ def compare(self:Results,
         mean, low, high = difference_interval(d, 100 - k/len(pairs))
         rows.append(row | dict(difference=mean, low=low, high=high, p=p, p_holm=corrected, note=note))
     together = f'the {len(pairs)} intervals hold together with {confidence:g} % (Bonferroni)' if len(pairs) > 1 else f'{confidence:g} % interval'
-    return noted_table(rows, f'{with_unit(metric)}, arm minus other, seed by seed {_measured_when(metric)}; {together}; p by paired t test, p_holm corrected for {len(pairs)}.')
+    return noted_table(rows, f'{with_unit(metric)}, arm minus other, seed by seed {_measured_when(metric)}; {together}.',
+                       p='p: paired t test.', p_holm=f'p_holm: corrected for {len(pairs)} (Holm).')
 
 # %% ../nbs/api/10_analysis.ipynb #0896b507
 def against_dense(
@@ -385,7 +387,7 @@ def lines(self:Verdict)->list: # of (heading, text), in Markdown
         text = [_say_dense(r, self) for r in rows if r.kind == 'dense'] + [_say_control(r, self) for r in controls]
         if any(r.verdict in ('winning', 'matching', 'not worse') for r in rows):
             unbeaten = [_name(r.other) for r in controls if r.verdict != 'better']
-            if unbeaten: text.append(f'What beating {" and ".join(unbeaten)} would show is not shown.')
+            if unbeaten: text.append(f'Not shown to beat {" and ".join(unbeaten)}: what {"they stand" if unbeaten[1:] else "it stands"} for may be all there is to it.')
             if not controls: text.append('No control was run here, so nothing shows that it takes this mask with these weights.')
         text += dict.fromkeys(f'With {_name(r.other)}: {r.note}.' for r in rows if r.note)
         said.append((f'{_name(arm)}, level {level}, {short_number(rows[0].sparsity)} % sparsity', ' '.join(text)))
