@@ -5,14 +5,19 @@
     .venv/bin/python experiments/imagenette.py blog:0,1 far   # two seeds of one part side by side, all seeds of another one by one
 
 A seed's results go to experiments/imagenette/<part>/ when it is done and are not run again; states go to runs/imagenette, from where
-a run that was stopped goes on. Recipes and questions were fixed before the first run, with these exceptions: that the post trains on mirrored and
-cropped images, which its text does not say and its notebook does, was found when four of five seeds of `plain` and two of three of `plain_one_cycle` had been
-run as the blog's recipe; those stay as they are, and the others take it. Fine-tuning trained on the order and the cuts of the first five epochs in every
-round, until its first seed had a lower training loss than longer training and a higher one in validation; it was mended in the library and run anew. `ahead` and `masks.csv` ask
-what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did. That `far` computes in bfloat16 was decided
-when two seeds of `bf16` had been run, and before anything of its own; `128px` was to do so as well, and was put back to float32 when the machine at hand turned out slower in
-bfloat16 and all that had been run of it was one epoch of its dense network. The shuffled mask in `masks.csv` was asked when a reader missed it, after four of five seeds of
-`untrained`.
+a run that was stopped goes on.
+
+Recipes and questions were fixed before the first run. What was changed or added later, and after what had been seen:
+
+- That the post trains on mirrored and cropped images, which its text does not say and its notebook does, was found when four of five seeds of `plain` and
+  two of three of `plain_one_cycle` had been run as the blog's recipe. These parts end there, and the others take the post's images.
+- `blog_one_cycle` was planned without controls; `reinit`, `shuffled` and `dense_long` were added when `plain_one_cycle` had been run, and before anything of its own.
+- `128px` was planned with the ticket from epoch 1 of the other parts; with longer rounds it is the post's. It was to compute in bfloat16, like `far`, which was decided when two
+  seeds of `bf16` had been run; it was put back to float32 when the machine at hand was slower in bfloat16 and one epoch of its dense network had been run.
+- Fine-tuning trained on the order and the crops of the first five epochs in every round, until its first seed had a lower training loss than longer training and a
+  higher one in validation; it was mended in the library and run anew.
+- `ahead` and `masks.csv` ask what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did; `ahead` was ended after two seeds of three.
+  The shuffled mask in `masks.csv` was asked when a reader missed it, after four of five seeds of `untrained`.
 """
 import os
 import sys
