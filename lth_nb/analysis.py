@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from .checks import is_number, is_whole
 from .results import Results
 
 # %% ../nbs/api/10_analysis.ipynb #3262027c
@@ -82,7 +83,7 @@ def check_confidence(
     confidence:float, # percent
 )->float: # the same number
     "Raise `ValueError` unless `confidence` is a percentage that makes sense as one."
-    if not 50 < confidence < 100: raise ValueError(f'confidence={confidence!r} is not a percentage between 50 and 100')
+    if not is_number(confidence) or not 50 < confidence < 100: raise ValueError(f'confidence={confidence!r} is not a percentage between 50 and 100')
     return confidence
 
 # %% ../nbs/api/10_analysis.ipynb #da7df011
@@ -320,7 +321,7 @@ def _check_margin(margin, metric):
     "The margin, one point for shares where none is given; `ValueError` for what is none."
     if margin is None and not is_share(metric): raise ValueError(f'margin=None: {metric} is no share with a margin of one point; give the loss of it that does not matter')
     margin = 1. if margin is None else margin
-    if not margin >= 0: raise ValueError(f'margin={margin!r} is no loss: give a number of 0 or more, in the units of {with_unit(metric)}')
+    if not is_number(margin, 0): raise ValueError(f'margin={margin!r} is no loss: give a number of 0 or more, in the units of {with_unit(metric)}')
     if is_share(metric) and 0 < margin < .1: warnings.warn(f'margin={margin!r} means {margin:g} points of percent; for a share of {margin:g} give {100*margin:g}')
     return margin
 
@@ -337,7 +338,7 @@ def verdict(self:Results,
 )->Verdict:
     "Judge every ticket against dense and against its controls."
     margin = _check_margin(margin, metric)
-    if min_seeds < 2: raise ValueError(f'min_seeds={min_seeds!r} is too few for an interval: give 2 or more')
+    if not is_whole(min_seeds, 2): raise ValueError(f'min_seeds={min_seeds!r} is too few for an interval: give 2 or more')
     if not any(r['kind'] == 'dense' for r in self.rows): raise ValueError("these results have no arm of kind 'dense', and a verdict compares with one")
     check_confidence(confidence)
     wide, sign, rewinds = self.by_seed(metric), -1 if lower_is_better(metric, higher_is_better) else 1, {r['arm']: r['rewind'] for r in self.rows}
