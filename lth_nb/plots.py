@@ -70,7 +70,7 @@ def plot_arms(self:Results,
     ax=None, # matplotlib axes
     styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
 ):
-    "Draw every seed of every arm as a dot, and the mean with its interval."
+    "Draw every seed of every arm as a dot and, below, the mean with its interval."
     check_confidence(confidence)
     wide, styles = self.by_seed(metric), looks(self, styles)
     at = {(arm, self.level_at(arm, level, sparsity)): styles[arm] for arm in listify(arms) or styles}
@@ -78,8 +78,8 @@ def plot_arms(self:Results,
     for i, (key, look) in enumerate(at.items()):
         values = wide[key].dropna()
         mean, low, high = t_interval(values, confidence)
-        ax.plot(values, [i]*len(values), 'o', color=look['color'], alpha=.4, ms=4)
-        ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], color=look['color'], marker='|', ms=12, capsize=4)
+        ax.plot(values, [i - .14]*len(values), 'o', color=look['color'], alpha=.4, ms=4)
+        ax.errorbar(mean, i + .14, xerr=[[mean - low], [high - mean]], color=look['color'], marker='|', ms=12, capsize=4)
     ax.set(xlabel=with_unit(metric))
     return ax
 
