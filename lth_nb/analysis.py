@@ -105,7 +105,7 @@ class NotedTable(pd.DataFrame):
     def _constructor(self): return NotedTable
 
     @property
-    def _note(self): return ' '.join([self.attrs.get('note', ''), *(said for c, said in self.attrs.get('of_columns', {}).items() if c in self.columns)]).strip()
+    def _note(self): return ' '.join([self.attrs.get('note', ''), *(f'{c}: {said}' for c, said in self.attrs.get('of_columns', {}).items() if c in self.columns)]).strip()
 
     @property
     def _shown(self): return dict(index=False, float_format=short_number, formatters={c: short_p for c in self if c in ('p', 'p_holm')}, na_rep='–')
@@ -121,7 +121,7 @@ def noted_table(
 )->NotedTable:
     "Make a table of rows with a note above it."
     table = NotedTable(rows)
-    table.attrs |= dict(note=note, of_columns=of_columns)
+    table.attrs = dict(note=note, of_columns=of_columns)
     return table
 
 # %% ../nbs/api/10_analysis.ipynb #a6d402e9
@@ -266,7 +266,7 @@ def compare(self:Results,
         rows.append(row | dict(difference=mean, low=low, high=high, p=p, p_holm=corrected, note=note))
     together = f'the {len(pairs)} intervals hold together with {confidence:g} % (Bonferroni)' if len(pairs) > 1 else f'{confidence:g} % interval'
     return noted_table(rows, f'{with_unit(metric)}, arm minus other, seed by seed {_measured_when(metric)}; {together}.',
-                       p='p: paired t test.', p_holm=f'p_holm: corrected for {len(pairs)} (Holm).')
+                       p='paired t test.', p_holm=f'corrected for {len(pairs)} (Holm).')
 
 # %% ../nbs/api/10_analysis.ipynb #0896b507
 def against_dense(
@@ -321,7 +321,7 @@ def _check_margin(margin, metric):
     "The margin, one point for shares where none is given; `ValueError` for what is none."
     if margin is None and not is_share(metric): raise ValueError(f'margin=None: {metric} is no share with a margin of one point; give the loss of it that does not matter')
     margin = 1. if margin is None else margin
-    if not is_number(margin, 0): raise ValueError(f'margin={margin!r} is no loss: give a number of 0 or more, in the units of {with_unit(metric)}')
+    if not is_number(margin, 0): raise ValueError(f'margin={margin!r} is no loss: give a finite number of 0 or more, in the units of {with_unit(metric)}')
     if is_share(metric) and 0 < margin < .1: warnings.warn(f'margin={margin!r} means {margin:g} points of percent; for a share of {margin:g} give {100*margin:g}')
     return margin
 
@@ -338,7 +338,7 @@ def verdict(self:Results,
 )->Verdict:
     "Judge every ticket against dense and against its controls."
     margin = _check_margin(margin, metric)
-    if not is_whole(min_seeds, 2): raise ValueError(f'min_seeds={min_seeds!r} is too few for an interval: give 2 or more')
+    if not is_whole(min_seeds, 2): raise ValueError(f'min_seeds={min_seeds!r} is no number of seeds for an interval: give a whole number, 2 or more')
     if not any(r['kind'] == 'dense' for r in self.rows): raise ValueError("these results have no arm of kind 'dense', and a verdict compares with one")
     check_confidence(confidence)
     wide, sign, rewinds = self.by_seed(metric), -1 if lower_is_better(metric, higher_is_better) else 1, {r['arm']: r['rewind'] for r in self.rows}
@@ -388,7 +388,7 @@ def lines(self:Verdict)->list: # of (heading, text), in Markdown
         text = [_say_dense(r, self) for r in rows if r.kind == 'dense'] + [_say_control(r, self) for r in controls]
         if any(r.verdict in ('winning', 'matching', 'not worse') for r in rows):
             unbeaten = [_name(r.other) for r in controls if r.verdict != 'better']
-            if unbeaten: text.append(f'Not shown to beat {" and ".join(unbeaten)}: what {"they stand" if unbeaten[1:] else "it stands"} for may be all there is to it.')
+            if unbeaten: text.append(f'{" and ".join(unbeaten)} may do as well or better: what such a control shares with the ticket may be all it takes.')
             if not controls: text.append('No control was run here, so nothing shows that it takes this mask with these weights.')
         text += dict.fromkeys(f'With {_name(r.other)}: {r.note}.' for r in rows if r.note)
         said.append((f'{_name(arm)}, level {level}, {short_number(rows[0].sparsity)} % sparsity', ' '.join(text)))
@@ -401,4 +401,4 @@ def __repr__(self:Verdict): return re.sub('[`*]', '', self._repr_markdown_())
 def _repr_markdown_(self:Verdict):
     if not len(self.frame): return 'There is no ticket to judge.'
     lines = ''.join(f'- **{heading}**: {text}\n' for heading, text in self.lines)
-    return f'{self.frame.attrs["note"]}\n\n{lines}\n{self.covers}'
+    return f'{self.frame._note}\n\n{lines}\n{self.covers}'

@@ -50,7 +50,7 @@ def plot_layers(self:Results,
     level:int|None=None, # default: the last of each arm
     sparsity:float|None=None, # percent, instead of a level
     ax=None, # matplotlib axes
-    styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
+    styles:dict|None=None, # arm -> keywords for `plot`, put over what `looks` gives; default: by the order of arms here
 ):
     "Draw the sparsity of every layer: the mean over seeds, and a line from the lowest to the highest."
     frame, styles = self.layers(arms, level, sparsity), looks(self, styles)
@@ -60,7 +60,7 @@ def plot_layers(self:Results,
     for i, (arm, cut) in enumerate(by_arm.items()):
         y = np.arange(len(names)) + 0.4*((i + .5)/len(by_arm) - .5)
         ax.hlines(y, cut['min'], cut['max'], color=styles[arm]['color'])
-        ax.plot(cut['mean'], y, label=arm, **styles[arm] | {'ls': ''})
+        ax.plot(cut['mean'], y, label=arm, **styles[arm] | {'linestyle': ''})
     ax.set(xlabel='sparsity (%)')
     legend_above(ax)
     return ax

@@ -13,6 +13,8 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import numpy as np
 from fastcore.basics import listify, patch
+from matplotlib.cbook import normalize_kwargs
+from matplotlib.lines import Line2D
 
 from .analysis import check_confidence, is_share, t_interval, with_unit
 from .results import Results
@@ -23,15 +25,17 @@ _MARKERS = 'osD^vPX'
 
 def looks(
     results:Results, # with the arms
-    styles:dict|None=None, # arm -> keywords for `plot` that it gets instead
+    styles:dict|None=None, # arm -> keywords for `plot`, put over its own; name every arm, for one that is not named may look like another that is
 )->dict: # arm -> keywords for `plot`
     "Give each arm its colour, marker and line."
+    wrong = next((arm for arm, style in (styles or {}).items() if not isinstance(style, dict)), None)
+    if wrong: raise ValueError(f'styles={styles!r}: give keywords for {wrong!r}, as dict(color=…)')
     kinds, found = {r['arm']: r['kind'] for r in results.rows}, {}
     for arm, kind in kinds.items():
         i = sum(look['color'] != 'grey' for look in found.values())
-        found[arm] = dict(color='grey', marker='.') if kind == 'dense' else dict(color=_COLORS[i % len(_COLORS)], marker=_MARKERS[i % len(_MARKERS)], ms=5)
-        if kind == 'control': found[arm] |= dict(ls='--', mfc='none')
-    return {arm: look | (styles or {}).get(arm, {}) for arm, look in found.items()}
+        found[arm] = dict(color='grey', marker='.') if kind == 'dense' else dict(color=_COLORS[i % len(_COLORS)], marker=_MARKERS[i % len(_MARKERS)], markersize=5)
+        if kind == 'control': found[arm] |= dict(linestyle='--', markerfacecolor='none')
+    return {arm: look | normalize_kwargs((styles or {}).get(arm), Line2D) for arm, look in found.items()}
 
 # %% ../nbs/api/10a_plots.ipynb #8311dc07
 def axes_for(
@@ -68,18 +72,19 @@ def plot_arms(self:Results,
     sparsity:float|None=None, # percent, instead of a level
     confidence:float=95, # percent
     ax=None, # matplotlib axes
-    styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
+    styles:dict|None=None, # arm -> its look, as from `looks`, of which the colour is used; default: by the order of arms here
 ):
-    "Draw every seed of every arm as a dot and, below, the mean with its interval."
+    "Draw every seed of every arm as a dot, and below the dots their mean with its interval."
     check_confidence(confidence)
     wide, styles = self.by_seed(metric), looks(self, styles)
     at = {(arm, self.level_at(arm, level, sparsity)): styles[arm] for arm in listify(arms) or styles}
     ax = rows_for(ax, [arm for arm, _ in at])
+    apart = .14 # from the middle of the row
     for i, (key, look) in enumerate(at.items()):
         values = wide[key].dropna()
         mean, low, high = t_interval(values, confidence)
-        ax.plot(values, [i - .14]*len(values), 'o', color=look['color'], alpha=.4, ms=4)
-        ax.errorbar(mean, i + .14, xerr=[[mean - low], [high - mean]], color=look['color'], marker='|', ms=12, capsize=4)
+        ax.plot(values, [i - apart]*len(values), 'o', color=look['color'], alpha=.4, ms=4)
+        ax.errorbar(mean, i + apart, xerr=[[mean - low], [high - mean]], color=look['color'], marker='|', ms=12, capsize=4)
     ax.set(xlabel=with_unit(metric))
     return ax
 
@@ -107,7 +112,7 @@ def plot_sparsity(self:Results,
     arms:str|list|None=None, # default: all
     confidence:float=95, # percent
     ax=None, # matplotlib axes
-    styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
+    styles:dict|None=None, # arm -> keywords for `plot`, put over what `looks` gives; default: by the order of arms here
 ):
     "Draw a metric against sparsity, mean and interval; arms that are never pruned are bands."
     check_confidence(confidence)
@@ -122,7 +127,7 @@ def plot_sparsity(self:Results,
             ax.plot(list(x.values()), mean, label=arm, **look)
             ax.fill_between(list(x.values()), low, high, color=look['color'], alpha=.15, lw=0)
         else:
-            ax.axhline(mean[0], label=arm, color=look['color'], ls=look.get('ls', '-'))
+            ax.axhline(mean[0], label=arm, color=look['color'], ls=look.get('linestyle', '-'))
             ax.axhspan(*np.nan_to_num([low[0], high[0]], nan=mean[0]), color=look['color'], alpha=.15, lw=0)
     _sparsity_axis(ax, sorted({s for s in sparsity.values() if 0 < s < 100}) or [0])
     ax.set(ylabel=with_unit(metric))
@@ -138,7 +143,7 @@ def plot_epochs(self:Results,
     sparsity:float|None=None, # percent, instead of a level
     confidence:float=95, # percent
     ax=None, # matplotlib axes
-    styles:dict|None=None, # arm -> keywords for `plot`, as `looks` gives them; default: by their order here
+    styles:dict|None=None, # arm -> keywords for `plot`, put over what `looks` gives; default: by the order of arms here
 ):
     "Draw a metric against the epoch, mean and interval."
     check_confidence(confidence)

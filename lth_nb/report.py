@@ -45,7 +45,7 @@ def table_html(
     table = table.loc[:, (table != '').any()]
     head = ''.join(f'<th scope="col">{escape(str(c).replace("_", " "))}</th>' for c in table)
     body = ''.join(f'<tr>{"".join(map(_cell, row))}</tr>' for row in table.itertuples(index=False))
-    note = f'<p class="note">{escape(table.attrs.get("note", ""))}</p>'
+    note = f'<p class="note">{escape(table._note)}</p>'
     return (f'{note}<div class="scroll" role="region" aria-label="{escape(title)}" tabindex="0">'
             f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 

@@ -315,8 +315,8 @@ def test_levels_and_sparsities_are_found():
     (lambda r: r.table(confidence=100), 'confidence=100 is not a percentage'),
     (lambda r: r.verdict(margin=-1), 'margin=-1 is no loss'),
     (lambda r: r.verdict(margin=math.nan), 'margin=nan is no loss'),
-    (lambda r: r.verdict(min_seeds=1), 'min_seeds=1 is too few'),
-    (lambda r: r.verdict(min_seeds=True), 'min_seeds=True is too few'),
+    (lambda r: r.verdict(min_seeds=1), 'min_seeds=1 is no number of seeds'),
+    (lambda r: r.verdict(min_seeds=True), 'min_seeds=True is no number of seeds'),
     (lambda r: r.verdict(margin=True), 'margin=True is no loss'),
     (lambda r: r.verdict(margin='1'), "margin='1' is no loss"),
     (lambda r: r.table(confidence='95'), "confidence='95' is not a percentage"),
@@ -413,9 +413,9 @@ def test_the_words_say_what_is_missing():
     text = made(winning).verdict().lines[0][1]
     assert 'No control was run here' in text and 'With `dense`: no pair in seed 3.' in text
     text = made(winning | {('reinit', 1): [.9, .91, .90, .9]}).verdict().lines[0][1]
-    assert 'Not shown to beat `reinit`: what it stands for' in text and 'No difference from `reinit` shown' in text
+    assert '`reinit` may do as well or better' in text and 'No difference from `reinit` shown' in text
     text = made(winning | {('reinit', 1): [.8, .811, .802, .8]}).verdict().lines[0][1]
-    assert 'Better than `reinit`' in text and 'nothing shows' not in text and 'Not shown' not in text
+    assert 'Better than `reinit`' in text and 'nothing shows' not in text and 'as well or better' not in text
     text = made({('dense', 0): [.9, .95, .85], ('imp', 1): [.9, .9, .9]}).verdict().lines[0][1]
     assert text.startswith('undecided') and 'nothing shows' not in text
     assert 'ticket to judge' in example().only(['dense', 'finetune']).verdict()._repr_markdown_()
@@ -444,12 +444,23 @@ def test_pictures_use_the_axes_they_are_given_and_leave_the_settings_alone(run):
     assert dict(matplotlib.rcParams) == SETTINGS and not plt.get_fignums()
 
 
+def test_a_page_explains_the_columns_it_shows():
+    compared = example().compare('imp', 'dense')
+    assert 'p_holm: corrected' in lth_nb.report.table_html(compared, 'all') and 'p_holm' not in lth_nb.report.table_html(compared[['arm', 'difference']], 'some')
+
+
 @pytest.mark.parametrize('plot', ['plot_arms', 'plot_sparsity', 'plot_epochs', 'plot_layers'])
 def test_an_arm_looks_as_it_is_told(run, plot):
     results, _ = run
-    def colours(**styles): return [artist.get_color() for artist in getattr(results, plot)(ax=matplotlib.figure.Figure().subplots(), **styles).lines]
-    before, after = colours(), colours(styles={'imp': dict(color='#123456'), 'not among them': dict(color='red')})
-    assert after == ['#123456' if c == looks(results)['imp']['color'] else c for c in before] != before
+    def colours(**styles):
+        ax = getattr(results, plot)(ax=matplotlib.figure.Figure().subplots(), **styles)
+        filled = [c for artist in (*ax.collections, *ax.patches) for c in artist.get_edgecolor() if len(artist.get_edgecolor())] if plot == 'plot_layers' else []
+        bands = [artist.get_facecolor()[0] for artist in ax.collections] if plot in ('plot_sparsity', 'plot_epochs') else filled
+        return [matplotlib.colors.to_hex(c) for c in (*(line.get_color() for line in ax.lines), *bands)]
+    before, after = colours(), colours(styles={'imp': dict(c='#123456'), 'not among them': dict(color='red')})
+    assert after == ['#123456' if c == looks(results)['imp']['color'].lower() else c for c in before] != before
+    with pytest.raises(ValueError, match="keywords for 'imp', as dict"): colours(styles=dict(imp='red'))
+    assert looks(results, dict(reinit=dict(lw=3)))['reinit'] == looks(results)['reinit'] | dict(linewidth=3)
 
 
 def test_every_seed_is_a_dot_and_the_mean_is_where_it_should_be():
@@ -457,6 +468,7 @@ def test_every_seed_is_a_dot_and_the_mean_is_where_it_should_be():
     ax = results.plot_arms(ax=matplotlib.figure.Figure().subplots())
     dots = ax.lines[0]
     np.testing.assert_allclose(dots.get_xdata(), results.by_seed()['dense', 0])
+    assert max(dots.get_ydata()) < min(ax.lines[1].get_ydata())  # the axis grows downward
     assert [t.get_text() for t in ax.get_yticklabels()] == list(KINDS)
     some = results.plot_arms(arms=['shuffled', 'imp'], ax=matplotlib.figure.Figure().subplots())
     assert [t.get_text() for t in some.get_yticklabels()] == ['shuffled', 'imp'] and some.lines[0].get_color() == looks(results)['shuffled']['color']
