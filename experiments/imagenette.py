@@ -12,11 +12,13 @@ Recipes and questions were fixed before the first run. What was changed or added
 - That the post trains on mirrored and cropped images, which its text does not say and its notebook does, was found when four of five seeds of `plain` and
   two of three of `plain_one_cycle` had been run as the blog's recipe. These parts end there, and the others take the post's images.
 - `blog_one_cycle` was planned without controls; `reinit`, `shuffled` and `dense_long` were added when `plain_one_cycle` had been run, and before anything of its own.
-- `128px` was planned with the ticket from epoch 1 of the other parts; with longer rounds it is the post's. It was to compute in bfloat16, like `far`, which was decided when two
-  seeds of `bf16` had been run; it was put back to float32 when the machine at hand was slower in bfloat16 and one epoch of its dense network had been run.
+- `128px` was planned with the ticket from epoch 1 as in the other parts; it got the post's, with longer rounds, when the post's images were found. Its precision was changed
+  twice: to bfloat16, like that of `far`, when two seeds of `bf16` had been run; and back to float32, as the post computed, when one epoch of its dense network had been, because
+  bfloat16 was slower on the machine at hand.
 - Fine-tuning trained on the order and the crops of the first five epochs in every round, until its first seed had a lower training loss than longer training and a
   higher one in validation; it was mended in the library and run anew.
-- `ahead` and `masks.csv` ask what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did; `ahead` was ended after two seeds of three.
+- `ahead` and `masks.csv` ask what training losses left open, `untrained` and `plain_untrained` what those of `ahead` did; `ahead` was ended with the other parts on images as they are, after two seeds of three.
+  A supermask was validated with the statistics that batch norm begins with, which say nothing of an untrained network, until just before the first results of `ahead` were kept.
   The shuffled mask in `masks.csv` was asked when a reader missed it, after four of five seeds of `untrained`.
 """
 import os
