@@ -36,7 +36,6 @@ HERE = Path(__file__).with_suffix('')
 
 PLAIN = Recipe(imagenette_learner, epochs=5, lr=1e-3, options=dict(size=64, bs=64, opt='fused_adam'))
 BLOG = PLAIN.with_options(flip=True, min_scale=.35)
-FAST = replace(BLOG, precision='bf16')
 PLAIN_ONE_CYCLE = replace(PLAIN, anneal='one_cycle')
 
 EARLY, LATE, AT_ONCE = imp(), imp(rewind_epoch=1), one_shot_ticket()
@@ -54,7 +53,7 @@ PARTS = {
     # the blog's three arms at its size of images
     '128px': Experiment(BLOG.with_options(size=128), [dense(), EARLY, LONGER], iterative, 50, range(1)),
     # how far can one prune?
-    'far': Experiment(FAST, [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
+    'far': Experiment(replace(BLOG, precision='bf16'), [dense(), EARLY, STEP_37, LATE, reinit(of=STEP_37, levels='all'), shuffled(of=STEP_37, levels='all')], geometric(n_steps=6), 100*(1 - .5**6), range(2)),
     # what do the masks of `blog` and `plain` know before any training? Of `plain`, the seeds whose states were still there
     'untrained': Experiment(BLOG, UNTRAINED, iterative, 50, range(5)),
     'plain_untrained': Experiment(PLAIN, UNTRAINED, iterative, 50, (2, 3)),
